@@ -1,0 +1,273 @@
+"""The pipeline: a bundle opened, with images and questions in and text out."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from runtime import prompt as prompts
+from runtime.conversation import Conversation
+from runtime.decoder import EMBEDS, Decoder
+from runtime.detokenize import Detokenizer
+from runtime.embeddings import EmbeddingTable
+from runtime.engine import Array, Engine, open_engine
+from runtime.errors import UhdError
+from runtime.geometry import GRID_MODES
+from runtime.integrity import verify_files
+from runtime.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from runtime.pixels import cut, open_image
+from runtime.prefix import PrefixDecoder
+from runtime.sampling import Sampling, sample
+from runtime.sequence import Picture, PromptSequence, picture, place
+from runtime.slicing import SlicePlan
+from runtime.vision import VisionEncoder
+
+ImageLike = str | Path | Image.Image | np.ndarray
+Images = ImageLike | Sequence[ImageLike]
+KEEP: Any = object()
+"""Stands for "as it is" where None has a meaning."""
+_PICTURES_KEPT = 4
+
+
+class Pipeline:
+    """A bundle ready to answer. Open one with `Pipeline.open`; use it as a context manager or `close` it.
+
+    One pipeline serves one caller at a time: its key-value cache holds one prompt.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, vision: Engine, language: Engine, *, context: int
+    ) -> None:
+        self.folder, self.manifest, self.run = folder, manifest, manifest.run
+        self.vision, self.language = vision, language
+        self.encoder = VisionEncoder(vision, manifest.model, boxes=manifest.run.boxes)
+        self.decoder = PrefixDecoder(Decoder(language, context))
+        self.embeddings = EmbeddingTable(folder / EMBEDDINGS)
+        self.tokenizer = prompts.load_tokenizer(folder / TOKENIZER)
+        self.finish = ""
+        """Why the last answer ended: "stop", "length" (max_new_tokens) or "context" (cache full)."""
+        self._encoded: OrderedDict[str, Array] = OrderedDict()
+        self._turn = 0
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        grid: str | None = None,
+        max_slices: int | None = None,
+        resize: int | None = KEEP,
+    ) -> Self:
+        """Open the bundle in folder `bundle` on `device`, "cpu" or "cuda" (default: as its backend does).
+
+        `threads` limits the CPU threads. `context` is the number of positions of the key-value cache, by
+        default and at most the bundle's. `grid`, `max_slices` and `resize` replace the bundle's defaults
+        (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are verified first.
+        Raises UhdError where the bundle cannot be trusted or run.
+        """
+        folder = Path(bundle)
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        most = manifest.run.context
+        if context is not None and not 1 <= context <= most:
+            raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
+        vision, language = (
+            open_engine(folder / name, manifest.backend, device=device, threads=threads)
+            for name in part_files(manifest.backend)
+        )
+        pipeline = cls(folder, manifest, vision, language, context=context or most)
+        pipeline.configure(grid=grid, max_slices=max_slices, resize=resize)
+        return pipeline
+
+    def configure(
+        self, *, grid: str | None = None, max_slices: int | None = None, resize: int | None = KEEP
+    ) -> None:
+        """Change how the next images are cut: grid mode, most slices (1: overview only), longest side."""
+        if grid is not None and grid not in GRID_MODES:
+            raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
+        changes: dict[str, Any] = {"grid": grid, "max_slices": max_slices}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if resize is not KEEP:
+            changes["resize"] = resize
+        self.run = dataclasses.replace(self.run, **changes)
+
+    def plan(self, image: Image.Image) -> SlicePlan:
+        """How an RGB `image` is cut."""
+        return self.picture(image).plan
+
+    def picture(self, image: ImageLike) -> Picture:
+        """`image`, opened and planned. Raises UhdError where it cannot be read or cut."""
+        model = self.manifest.model
+        return picture(open_image(image), self.run, side=model.projector.side, patch=model.vision.patch)
+
+    def encode_image(self, image: ImageLike) -> list[np.ndarray]:
+        """One float32 (tokens, D) array a crop: slices first, row by row, the overview last."""
+        shown = self.picture(image)
+        return self.encoder.encode(cut(shown.image, shown.plan), shown.grid)
+
+    def input_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of `prompt`, -200 where an image goes."""
+        return prompts.encode(self.tokenizer, prompt)
+
+    def sequence(self, image: Images, prompt: str | Sequence[int]) -> PromptSequence:
+        """The positions of `prompt` with its images. Raises UhdError where they exceed the context."""
+        images = image if isinstance(image, (list, tuple)) else [image]
+        return self.assemble(self.input_ids(prompt), [self.picture(i) for i in images])
+
+    def assemble(self, ids: Sequence[int], pictures: Sequence[Picture]) -> PromptSequence:
+        """The positions of token `ids` with `pictures`. Raises UhdError where they exceed the context."""
+        sequence = PromptSequence(ids, pictures)
+        context = self.decoder.decoder.context
+        if len(sequence) > context:
+            raise UhdError(
+                f"prompt: {len(sequence)} positions are more than the context of {context}; shorten the "
+                "prompt, lower --max-slices, or build with a larger --context"
+            )
+        return sequence
+
+    def inputs_embeds(self, image: Images, prompt: str | Sequence[int]) -> np.ndarray:
+        """float32 (1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
+        embeds = self.language.fetch(self._embeds(self.sequence(image, prompt), 0))
+        return embeds.astype(np.float32, copy=False)[None]
+
+    def logits(self, image: Images, prompt: str | Sequence[int]) -> np.ndarray:
+        """float32 (1, vocab) logits of the last position."""
+        self._turn += 1
+        return self.prefill(self.sequence(image, prompt))[None]
+
+    def generate_ids(
+        self,
+        image: Images,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[int]:
+        """Continuation of `prompt`, greedy by default; an end-of-text token ends it and is included."""
+        return list(self.stream_ids(self.sequence(image, prompt), max_new_tokens, sampling))
+
+    def generate(
+        self,
+        image: Images,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to `question` in the bundle's prompt template, in pieces as they are generated.
+
+        Greedy at temperature 0. The image and the options are checked at once, the rest runs while the
+        answer is read. What the prompt shares with the previous one is not computed again.
+        """
+        images = image if isinstance(image, (list, tuple)) else [image]
+        prompt = prompts.render(question, self.run.template, len(images))
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        sequence = self.sequence(images, prompt)
+        return self.stream_text(self.stream_ids(sequence, max_new_tokens, sampling))
+
+    def converse(self, image: Images) -> Conversation:
+        """A conversation about one or several images, each question following the last answer."""
+        return Conversation(self, list(image) if isinstance(image, (list, tuple)) else [image])
+
+    def stream_ids(
+        self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Tokens that continue `sequence`, until end of text, `max_new_tokens` or a full cache."""
+        if max_new_tokens < 1:
+            raise UhdError(f"max_new_tokens: {max_new_tokens} is out of range; use 1 or more")
+        sampling = sampling or Sampling()
+        return self._stream_ids(sequence, max_new_tokens, sampling)
+
+    def stream_text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Text of `tokens` as soon as it is certain, without the end-of-text token."""
+        detokenizer, eos = Detokenizer(self.tokenizer), self.manifest.model.language.eos
+        for token in tokens:
+            if token not in eos and (text := detokenizer.push(token)):
+                yield text
+        if text := detokenizer.flush():
+            yield text
+
+    def prefill(self, sequence: PromptSequence) -> np.ndarray:
+        """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
+        return self.decoder.prefill(sequence.keys, lambda start: self._embeds(sequence, start))
+
+    def remember(self, shown: Picture, crops: Sequence[Array]) -> Array:
+        """(positions, D) embeddings of a picture from its crops' tokens; the last few are kept.
+
+        They lie where the language engine reads them, as `crops` may on its device.
+        """
+        separators = self.embeddings.rows(shown.tokens[shown.source < 0])
+        out = self._gather(place(shown.source, crops, separators))
+        self._encoded[shown.digest] = out
+        if len(self._encoded) > _PICTURES_KEPT:
+            self._encoded.popitem(last=False)
+        return out
+
+    def forget(self) -> None:
+        """Drop the key-value cache's content and the encoded images."""
+        self.decoder.forget()
+        self._encoded.clear()
+
+    def close(self) -> None:
+        """Free both engines."""
+        self.vision.close()
+        self.language.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream_ids(self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        generator = sampling.generator()
+        self._turn += 1
+        turn, eos = self._turn, self.manifest.model.language.eos
+        logits = self.prefill(sequence)
+        for count in range(1, max_new_tokens + 1):
+            token = sample(logits, sampling, generator)
+            self.finish = "stop" if token in eos else "length"
+            yield token
+            if token in eos or count == max_new_tokens:
+                return
+            if turn != self._turn:
+                raise UhdError("generation: another prompt was run meanwhile; finish an answer first")
+            if not self.decoder.decoder.remaining:
+                self.finish = "context"
+                return
+            logits = self.decoder.step(token, self.embeddings.rows([token])[0])
+
+    def _gather(self, pieces: Sequence[Array]) -> Array:
+        return self.language.gather(pieces, self.language.inputs[EMBEDS].dtype)
+
+    def _embeds(self, sequence: PromptSequence, start: int) -> Array:
+        """(S, D) embeddings from position `start` on; pictures before it are not encoded."""
+        pieces = []
+        for segment in sequence.segments:
+            if segment.stop > start:
+                content = segment.content
+                rows = (
+                    self._visual(content) if isinstance(content, Picture) else self.embeddings.rows(content)
+                )
+                pieces.append(rows[max(start - segment.start, 0) :])
+        return self._gather(pieces)
+
+    def _visual(self, shown: Picture) -> Array:
+        """(positions, D) embeddings of a picture, encoded unless they are kept."""
+        if shown.digest in self._encoded:
+            self._encoded.move_to_end(shown.digest)
+            return self._encoded[shown.digest]
+        crops = cut(shown.image, shown.plan)
+        return self.remember(shown, self.encoder.encode_resident(crops, shown.grid))

@@ -1,0 +1,283 @@
+"""The profiler: where the time of one answer goes, by stage and grid mode, and what it takes in memory."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime import flops
+from runtime import prompt as prompts
+from runtime.engine import default_device
+from runtime.errors import UhdError
+from runtime.flops import Grid
+from runtime.geometry import GRID_MODES
+from runtime.machine import machine
+from runtime.manifest import Manifest, part_files
+from runtime.memory import peak_memory, reset_peak
+from runtime.pattern import pattern
+from runtime.pipeline import Pipeline
+from runtime.pixels import cut
+from runtime.sampling import greedy
+from runtime.sequence import Picture, PromptSequence
+from runtime.slicing import Size
+from runtime.stages import TRACED, VISION_STAGES, vision_shares
+from runtime.vision import TOKENS
+
+QUESTION = "What is shown in this image?"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements, in seconds."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Spread":
+        """Of `samples`; with one sample all three are equal."""
+        if len(samples) == 1:
+            return Spread(samples[0], samples[0], samples[0])
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+    def times(self, share: float) -> "Spread":
+        """Scaled by `share`."""
+        return Spread(self.median * share, self.low * share, self.high * share)
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """One stage: seconds, and the FLOPs it does (None where they are not counted)."""
+
+    seconds: Spread
+    flops: int | None
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Achieved rate at the median."""
+        return None if self.flops is None else self.flops / self.seconds.median
+
+
+@dataclass(frozen=True)
+class ModeProfile:
+    """One grid mode. `decode` is one token; `first_token` runs from the opened image to the first token.
+
+    `peak_bytes` is the most resident memory of the process in the mode's first run, None where the
+    system does not tell.
+    """
+
+    grid: str
+    stages: dict[str, StageProfile]
+    first_token: Spread
+    tokens_per_second: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile_pipeline` measured, and on what."""
+
+    bundle: str
+    machine: dict[str, str]
+    backend: str
+    precision: dict[str, str]
+    size: Size
+    crops: int
+    visual_tokens: int
+    positions: int
+    repeats: int
+    new_tokens: int
+    weight_bytes: int
+    kv_bytes: int
+    kv_bytes_allocated: int
+    vision_split: bool
+    modes: tuple[ModeProfile, ...]
+
+
+def profile_pipeline(
+    pipeline: Pipeline,
+    size: Size,
+    *,
+    grids: Sequence[str] = GRID_MODES,
+    repeats: int = 5,
+    new_tokens: int = 16,
+    device: str | None = None,
+    threads: int | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Profile:
+    """Time one question about a test image of `size` (width, height) in each grid mode.
+
+    Each mode runs once to warm up and `repeats` times for the figures, in turn with the others, so that
+    a machine that slows down slows all of them; `new_tokens` are decoded each time, whatever they are.
+    `on_step` is called after every run (see `steps`). The time of the vision graph is divided into its
+    stages by a trace from a session of its own on `device` with `threads`.
+    """
+    device = device or default_device(pipeline.manifest.backend)
+    if repeats < 1 or new_tokens < 1:
+        raise UhdError(f"profile: {repeats} repeats of {new_tokens} tokens; use at least 1 of each")
+    sequences = _sequences(pipeline, size, grids, new_tokens)
+    peaks, runs = {}, {grid: [] for grid in grids}
+    for grid, sequence in sequences.items():
+        # The peak is of the first run: later ones also hold what the engine kept from other modes.
+        reset_peak()
+        _run_once(pipeline, sequence, new_tokens)
+        peaks[grid] = peak_memory()
+        on_step()
+    for _ in range(repeats):
+        for grid, sequence in sequences.items():
+            runs[grid].append(_run_once(pipeline, sequence, new_tokens))
+            on_step()
+    modes = []
+    for grid, sequence in sequences.items():
+        shares = _vision_shares(pipeline, sequence, device=device, threads=threads)
+        modes.append(_summarise(pipeline, sequence, runs[grid], shares, peaks[grid]))
+        on_step()
+    manifest, cache = pipeline.manifest, pipeline.decoder.decoder
+    shown = _picture(sequence)
+    return Profile(
+        bundle=str(pipeline.folder),
+        machine=machine(device, threads),
+        backend=manifest.backend,
+        precision={"vision": manifest.precision.vision, "language": manifest.precision.language},
+        size=size,
+        crops=len(shown.plan.crop_sizes),
+        visual_tokens=len(shown),
+        positions=len(sequence),
+        repeats=repeats,
+        new_tokens=new_tokens,
+        weight_bytes=sum(r.bytes for name, r in manifest.files.items() if name.split(".")[-1] in _WEIGHTS),
+        kv_bytes=round(cache.kv_bytes * len(sequence) / cache.context),
+        kv_bytes_allocated=cache.kv_bytes,
+        vision_split=all(VISION_STAGES[0] in mode.stages for mode in modes),
+        modes=tuple(modes),
+    )
+
+
+_WEIGHTS = ("onnx", "data", "engine", "npy")
+
+
+def steps(grids: Sequence[str], repeats: int) -> int:
+    """How often `profile_pipeline` calls `on_step`."""
+    return len(grids) * (repeats + 2)
+
+
+def _sequences(
+    pipeline: Pipeline, size: Size, grids: Sequence[str], new_tokens: int
+) -> dict[str, PromptSequence]:
+    """The same question in each grid mode; the pipeline's own mode stays as it was."""
+    image, before = pattern(*size), pipeline.run
+    prompt = prompts.render(QUESTION, before.template)
+    sequences = {}
+    try:
+        for grid in grids:
+            pipeline.configure(grid=grid)
+            sequences[grid] = pipeline.sequence(image, prompt)
+    finally:
+        pipeline.run = before
+    positions, context = max(map(len, sequences.values())), pipeline.decoder.decoder.context
+    if positions + new_tokens > context:
+        raise UhdError(
+            f"profile: {positions} positions and {new_tokens} tokens do not fit the context of {context}; "
+            "use a smaller --size or fewer --tokens"
+        )
+    return sequences
+
+
+def _vision_shares(
+    pipeline: Pipeline, sequence: PromptSequence, *, device: str, threads: int | None
+) -> dict[str, float]:
+    """How the vision graph's time divides into stages; empty where the backend leaves no trace."""
+    backend = pipeline.manifest.backend
+    if backend not in TRACED:
+        return {}
+    shown = _picture(sequence)
+    batches = pipeline.encoder.batches(cut(shown.image, shown.plan), shown.grid)
+    feeds = [feeds for _, feeds in batches]
+    path = pipeline.folder / part_files(backend)[0]
+    return vision_shares(path, feeds, backend=backend, device=device, threads=threads)
+
+
+def _summarise(
+    pipeline: Pipeline,
+    sequence: PromptSequence,
+    runs: Sequence[dict],
+    shares: Mapping[str, float],
+    peak: int | None,
+) -> ModeProfile:
+    """The figures of one mode from what `_run_once` returned each time."""
+    shown = _picture(sequence)
+    seconds = {name: Spread.of([run[name] for run in runs]) for name in ("pixels", "vision", "prefill")}
+    decode = Spread.of([step for run in runs for step in run["decode"]])
+    costs = _flops(shown.plan.patch_grids, pipeline.manifest, len(sequence), shown.grid)
+    stages = {"pixels": StageProfile(seconds["pixels"], None)}
+    if shares:
+        for stage, share in shares.items():
+            if share > 0:
+                stages[stage] = StageProfile(seconds["vision"].times(share), costs[stage])
+    else:
+        stages["vision"] = StageProfile(seconds["vision"], sum(costs[stage] for stage in VISION_STAGES))
+    stages["prefill"] = StageProfile(seconds["prefill"], costs["prefill"])
+    stages["decode"] = StageProfile(decode, costs["decode"])
+    first = Spread.of([run["pixels"] + run["vision"] + run["prefill"] for run in runs])
+    return ModeProfile(shown.grid, stages, first, 1 / decode.median, peak)
+
+
+def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> dict:
+    """Seconds of each stage of one answer with nothing cached but geometry; `decode` is a list."""
+    pipeline.forget()
+    shown = _picture(sequence)
+    clock = time.perf_counter
+    start = clock()
+    batches = list(pipeline.encoder.batches(cut(shown.image, shown.plan), shown.grid))
+    pixels = clock()
+    tokens: list[np.ndarray] = [np.empty(0)] * len(shown.plan.crop_sizes)
+    for members, feeds in batches:
+        for index, result in zip(members, pipeline.vision.infer(feeds)[TOKENS], strict=True):
+            tokens[index] = result
+    vision = clock()
+    pipeline.remember(shown, tokens)
+    token = greedy(pipeline.prefill(sequence))
+    prefill = clock()
+    decode = []
+    for _ in range(new_tokens):
+        begun = clock()
+        token = greedy(pipeline.decoder.step(token, pipeline.embeddings.rows([token])[0]))
+        decode.append(clock() - begun)
+    return {
+        "pixels": pixels - start,
+        "vision": vision - pixels,
+        "prefill": prefill - vision,
+        "decode": decode,
+    }
+
+
+def _picture(sequence: PromptSequence) -> Picture:
+    return next(s.content for s in sequence.segments if isinstance(s.content, Picture))
+
+
+def _flops(grids: Sequence[Grid], manifest: Manifest, positions: int, mode: str) -> dict[str, int]:
+    """FLOPs by stage of the graphs in the bundle.
+
+    Without folding, the projector and the JBU's last fix-up are the released computation, but crops
+    are not padded, the last ViT layer is gone and logits are for the last position only.
+    """
+    model, folded = manifest.model, manifest.fold
+    parts: dict[str, flops.Parts] = {
+        "vit": flops.vit(grids, model.vision, folded=True),
+        "jbu": flops.jbu(grids, model.projector, folded=folded),
+        "prefill": flops.prefill(model.language, positions, folded=True),
+        "decode": flops.decode(model.language, positions),
+    }
+    counts = {stage: flops.total(work).flops for stage, work in parts.items()}
+    # Crops of one shape are a batch of their own: none is padded to another's windows.
+    counts["hiwin"] = sum(
+        flops.total(
+            flops.projector([g for g in grids if g == shape], model.projector, folded=folded, mode=mode)
+        ).flops
+        for shape in dict.fromkeys(grids)
+    )
+    return counts
