@@ -1,0 +1,189 @@
+"""A small ONNX graph builder: operators by name, weights read only while the file is written."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET = 23
+IR_VERSION = 10
+PLUGIN_DOMAIN = "uhd"
+CONTRIB_DOMAIN = "com.microsoft"
+
+Dim = int | str
+
+
+class GraphBuilder:
+    """Builds one graph, or one function body when `function` is set.
+
+    A function body cannot hold initializers: its constants become Constant nodes, and its weights
+    are inputs.
+    """
+
+    def __init__(self, name: str, *, opset: int = OPSET, function: bool = False) -> None:
+        self.name, self.opset, self._is_function = name, opset, function
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple, ir.Value] = {}
+        self._functions: dict[str, ir.Function] = {}
+        self._domains: dict[str, int] = {"": opset}
+        self._scope = ""
+
+    def input(
+        self, name: str, dtype: ir.DataType | None = None, shape: Sequence[Dim] | None = None
+    ) -> ir.Value:
+        """A graph input; function inputs have neither type nor shape."""
+        value = ir.Value(name=name)
+        if dtype is not None:
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape(list(shape or ()))
+        self._inputs.append(value)
+        return value
+
+    def output(
+        self,
+        value: ir.Value,
+        name: str,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[Dim] | None = None,
+        *,
+        direct: bool = False,
+    ) -> None:
+        """Declare `value` an output called `name`; `direct` renames the value instead of copying it."""
+        value = value if direct else self.op("Identity", value)
+        value.name = name
+        if dtype is not None:
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape(list(shape or ()))
+        self._outputs.append(value)
+
+    def weight(
+        self, name: str, shape: Sequence[int], dtype: ir.DataType, load: Callable[[], np.ndarray]
+    ) -> ir.Value:
+        """An initializer whose data `load` provides when the file is written, converted to `dtype`."""
+
+        def evaluate() -> ir.Tensor:
+            array = np.asarray(load(), order="C")
+            if tuple(array.shape) != tuple(shape):
+                raise ValueError(f"weight {name}: shape {array.shape} differs from {tuple(shape)}")
+            if dtype in _PACKED:
+                return ir.Tensor(array, dtype=dtype, name=name)
+            return ir.Tensor(array.astype(dtype.numpy(), copy=False), name=name)
+
+        tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(list(shape)), name=name)
+        return self._initializer(name, tensor)
+
+    def constant(self, array: np.ndarray | Sequence | int | float, dtype: type | None = None) -> ir.Value:
+        """A small constant, shared with equal ones. Python integers become int64."""
+        if dtype is None:
+            array = np.asarray(array)
+            dtype = np.float32 if array.dtype == np.float64 else array.dtype
+        array = np.asarray(array, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            tensor = ir.Tensor(array, name=f"constant_{len(self._constants)}")
+            if self._is_function:
+                node = ir.node("Constant", [], {"value": tensor})
+                self._nodes.append(node)
+                self._constants[key] = node.outputs[0]
+            else:
+                self._constants[key] = self._initializer(tensor.name, tensor)
+        return self._constants[key]
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        outputs: int = 1,
+        name: str | None = None,
+        **attributes: object,
+    ) -> ir.Value | tuple[ir.Value, ...]:
+        """Add a node; returns its output, or a tuple where there are several."""
+        if domain:
+            self._domains.setdefault(domain, 1)
+        name = name or f"{self._scope}{op_type}_{len(self._nodes)}"
+        node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name)
+        self._nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of the nodes added within, so that profiles can be read by stage."""
+        outer, self._scope = self._scope, f"{self._scope}{name}/"
+        yield
+        self._scope = outer
+
+    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Reshape to constant `shape`; 0 keeps an axis and -1 is inferred."""
+        return self.op("Reshape", x, self.constant(np.array(shape, np.int64)))
+
+    def dim(self, x: ir.Value, axis: int) -> ir.Value:
+        """Length of `axis` as an int64 tensor of shape (1,)."""
+        return self.op("Shape", x, start=axis, end=axis + 1)
+
+    def concat_shape(self, *parts: ir.Value | int) -> ir.Value:
+        """A shape tensor from dims (see `dim`) and integers."""
+        values = [self.constant(np.array([p], np.int64)) if isinstance(p, int) else p for p in parts]
+        return self.op("Concat", *values, axis=0)
+
+    def add_function(self, function: ir.Function) -> None:
+        """Carry a function body for nodes of its domain and name."""
+        self._functions[function.name] = function
+        self._domains.setdefault(function.domain, 1)
+
+    def function(self, attributes: Sequence[ir.Attr] = (), domain: str = PLUGIN_DOMAIN) -> ir.Function:
+        """The finished function body; `attributes` with the defaults the body was made for."""
+        return ir.Function(domain, self.name, graph=self._graph(), attributes=list(attributes))
+
+    def model(self) -> ir.Model:
+        """The finished model."""
+        return ir.Model(
+            self._graph(),
+            ir_version=IR_VERSION,
+            producer_name="uhd-export",
+            functions=list(self._functions.values()),
+        )
+
+    def save(self, path: Path, on_tensor: Callable[[int, int], None] | None = None) -> None:
+        """Write the model with its weights beside it (`NAME.onnx.data`), one tensor at a time.
+
+        `on_tensor(done, total)` is called before each tensor is written.
+        """
+
+        def callback(_: object, info: object) -> None:
+            if on_tensor is not None:
+                on_tensor(info.index, info.total)
+
+        ir.save(
+            self.model(),
+            path,
+            external_data=f"{Path(path).name}.data",
+            size_threshold_bytes=1024,
+            callback=callback,
+        )
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if name not in self._initializers:
+            value = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self._initializers[name] = value
+        return self._initializers[name]
+
+    def _graph(self) -> ir.Graph:
+        return ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports=dict(self._domains),
+            name=self.name,
+        )
+
+
+_PACKED = (ir.DataType.INT4, ir.DataType.UINT4)

@@ -1,0 +1,58 @@
+"""Launch plan of one JBU stage: tile sizes and grid from shapes alone."""
+
+from plugins.launch import Launch, Scratch, power_of_two
+
+TALL, BROAD = 4, 16  # an output tile, as in the kernel
+RANGE = 32  # channels of the range features
+FEATURE_PIXELS = 64  # of a program that computes range features
+INPUTS = (
+    "source",
+    "guidance",
+    "range_in_weight",
+    "range_in_bias",
+    "range_out_weight",
+    "range_out_bias",
+    "range_temp",
+    "sigma_spatial",
+    "fixup_in_weight",
+    "fixup_in_bias",
+    "fixup_out_weight",
+    "fixup_out_bias",
+    "upsample_y",
+    "upsample_x",
+)
+OUTPUTS = ("output",)
+
+
+def plan(
+    batch: int, height: int, width: int, channels: int, dtype: str
+) -> tuple[tuple[Launch, ...], Scratch]:
+    """Both launches for a (batch, height, width, channels) source, and the range features' buffer.
+
+    `dtype` is "float32", "float16" or "bfloat16".
+    """
+    single = dtype == "float32"
+    block = min(power_of_two(channels), 32 if single else 64)
+    tiles = -(-2 * height // TALL) * -(-2 * width // BROAD)
+    precision = ("PRECISION", "ieee" if single else "tf32")
+    pixels = 4 * batch * height * width
+    features = Launch(
+        kernel="range_features",
+        grid=(-(-pixels // FEATURE_PIXELS), 1, 1),
+        tensors=(*INPUTS[1:6], "features"),
+        integers=(pixels,),
+        constants=(precision,),
+        warps=4,
+        stages=1,
+    )
+    stage = Launch(
+        kernel="jbu_stage",
+        grid=(tiles, batch, 1),
+        tensors=("source", "guidance", "features", *INPUTS[6:], *OUTPUTS),
+        integers=(height, width),
+        constants=(("CHANNELS", channels), ("BLOCK", block), precision),
+        warps=8,
+        stages=2,
+        registers=None if single else 128,
+    )
+    return (features, stage), Scratch("features", pixels * RANGE)
