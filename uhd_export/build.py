@@ -1,0 +1,297 @@
+"""Building a bundle: checkpoint in, a folder out that runs without PyTorch."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import UhdError
+from runtime.geometry import GRID_MODES
+from runtime.integrity import hash_file
+from runtime.layout import LAYOUTS
+from runtime.manifest import (
+    BOXES,
+    DTYPES,
+    EMBEDDINGS,
+    LANGUAGE,
+    MANIFEST,
+    QUALITY,
+    QUALITY_PICTURE,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    VISION,
+    FileRecord,
+    Manifest,
+    Parity,
+    Precision,
+    Quantization,
+    RunConfig,
+    write_manifest,
+)
+from runtime.progress import progress_bar
+from runtime.slicing import MAX_SLICES
+from uhd_export.checkpoint import Checkpoint, locate, read_config
+from uhd_export.config import ModelConfig
+from uhd_export.engines import BACKENDS, engine_options, replace_graphs
+from uhd_export.int4 import WeightOptions, as_stored, linear_format, open_checkpoint, resolve
+from uhd_export.language_graph import emit_language
+from uhd_export.parity import measure_parity
+from uhd_export.provenance import NANO, describe_source, tool_versions
+from uhd_export.staging import staged_folder
+from uhd_export.tensorrt import EngineOptions
+from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.vision_graph import emit_vision
+
+_TABLE_ROWS = 4096
+_EMBED_TOKENS = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may choose; see `build_bundle`."""
+
+    backend: str = "onnxruntime"
+    dtype: str = "float32"
+    fold: bool = True
+    layout: str | None = None
+    mask: int | None = None
+    grid: str = "selective"
+    max_slices: int = MAX_SLICES
+    resize: int | None = None
+    boxes: str = "exact"
+    vision_tower: str | None = None
+    config: str | None = None
+    context: int | None = None
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    engines: EngineOptions | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UhdError naming the first option out of range."""
+        for name, allowed in (
+            ("backend", BACKENDS),
+            ("dtype", DTYPES),
+            ("grid", GRID_MODES),
+            ("boxes", BOXES),
+            ("layout", (None, *LAYOUTS)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                names = ", ".join(a for a in allowed if a is not None)
+                raise UhdError(f"{name} {value!r}: must be one of {names}")
+        if self.max_slices < 1:
+            raise UhdError(f"max slices {self.max_slices}: must be at least 1 (1 means overview only)")
+        if self.resize is not None and self.resize < 1:
+            raise UhdError(f"resize {self.resize}: the longest side must be at least one pixel")
+
+
+def build_bundle(
+    source: str | Path,
+    out: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    dtype: str | None = None,
+    fold: bool = True,
+    layout: str | None = None,
+    mask: int | None = None,
+    grid: str = "selective",
+    max_slices: int = MAX_SLICES,
+    resize: int | None = None,
+    boxes: str = "exact",
+    vision_tower: str | Path | None = None,
+    config: str | Path | None = None,
+    context: int | None = None,
+    weights: str = "auto",
+    group: int | None = None,
+    lm_head: str = "dense",
+    activations: str = "int8",
+    compute_capabilities: Sequence[str] = (),
+    plugins: bool = True,
+    workspace: int | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Write the bundle of checkpoint `source` to the folder `out`, and return its manifest.
+
+    `source` is a folder, a Hugging Face hub id, or "nano" for the embedded model. `dtype` is the type
+    of weights and activations: float32 (default for onnxruntime) or float16 (for engines); `context` the
+    positions of the key-value cache (default: the model's). `grid`, `max_slices` and `resize` are defaults
+    that can be changed at run time. `weights`, `group`, `lm_head` and `activations` say how the language
+    model's linear layers are stored (see `WeightOptions`); the quality report of a quantized checkpoint
+    goes along. `compute_capabilities`, `plugins` and `workspace` (MiB) are for engines (see
+    `EngineOptions`), whose parity is that of the graphs they are built from. `layout`, `mask`, `boxes`,
+    `vision_tower` and `config` are as in `load_model`. With `verify`, the parts are compared with PyTorch
+    and the measurements recorded; a bundle out of tolerance is not written. `force` replaces an existing
+    bundle; `progress` draws bars on a terminal.
+
+    Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
+    Nothing is left at `out` after an error or an interruption. Raises UhdError.
+    """
+    engines = engine_options(backend, compute_capabilities, plugins, workspace)
+    options = BuildOptions(
+        backend=backend,
+        dtype=dtype or ("float16" if engines else "float32"),
+        fold=fold,
+        layout=layout,
+        mask=mask,
+        grid=grid,
+        max_slices=max_slices,
+        resize=resize,
+        boxes=boxes,
+        vision_tower=None if vision_tower is None else str(vision_tower),
+        config=None if config is None else str(config),
+        context=context,
+        weights=WeightOptions(weights, group, lm_head, "float" if engines else activations),
+        engines=engines,
+    )
+    folder = source_folder(source)
+    parsed = read_config(
+        folder, config=config, vision_tower=vision_tower, layout=options.layout, mask=options.mask
+    )
+    checkpoint = open_checkpoint(folder)
+    try:
+        quantization = resolve(checkpoint, parsed.language, options.weights)
+        needed = _estimate_bytes(checkpoint, options)
+        with staged_folder(Path(out), force=force, needed=needed) as staging:
+            _write_parts(checkpoint, parsed, staging, options, quantization, progress)
+            manifest = _describe(source, folder, parsed, staging, options, progress)
+            manifest = replace(manifest, quantization=quantization)
+            write_manifest(staging, replace(manifest, backend="onnxruntime"))
+            if verify:
+                reference = as_stored(checkpoint, parsed.language, quantization)
+                parity = measure_parity(staging, reference, parsed, progress=progress)
+                _refuse_failed(parity)
+                manifest = replace(manifest, parity=tuple(parity))
+            if engines is not None:
+                parity = tuple(replace(p, part=f"{p.part} (graph)") for p in manifest.parity)
+                replace_graphs(staging, parsed, engines, options.dtype, manifest.run.context, progress)
+                manifest = replace(manifest, parity=parity, files=_files(staging, progress))
+            write_manifest(staging, manifest)
+    finally:
+        checkpoint.close()
+    return manifest
+
+
+def _refuse_failed(parity: Sequence[Parity]) -> None:
+    failed = next((p for p in parity if not p.ok), None)
+    if failed is not None:
+        raise UhdError(
+            f"parity of {failed.part} on {failed.inputs}: {failed.metric} {failed.value:.2e} is "
+            f"over the limit of {failed.limit:.2e}; nothing was written (--no-verify writes it)"
+        )
+
+
+def source_folder(source: str | Path) -> Path:
+    """The local folder of `source`: "nano", a folder, or a hub id (downloaded and cached)."""
+    if str(source) == NANO:
+        from uhd_export.nano import checkpoint_path
+
+        return checkpoint_path()
+    return locate(source)
+
+
+def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
+    """Size of the weights in the chosen type; folding and unused tensors change it by little."""
+    item = np.dtype(options.dtype).itemsize
+    weights = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names()) * item
+    return weights if options.engines is None else 2 * weights  # graphs, and engines beside them
+
+
+def _write_parts(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    folder: Path,
+    options: BuildOptions,
+    quantization: Quantization | None,
+    progress: bool,
+) -> None:
+    dialect = "onnxruntime" if options.engines is None else "tensorrt"
+    for name in (QUALITY, QUALITY_PICTURE):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    text = checkpoint_tokenizer(checkpoint.folder).to_str()
+    (folder / TOKENIZER).write_text(text, encoding="utf-8")
+    with progress_bar(VISION, show=progress) as bar:
+        emit_vision(
+            config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, on_tensor=bar.set
+        )
+    with progress_bar(LANGUAGE, show=progress) as bar:
+        emit_language(
+            config.language,
+            checkpoint,
+            folder / LANGUAGE,
+            dtype=options.dtype,
+            dialect=dialect,
+            linear=linear_format(checkpoint, config.language, quantization, dialect),
+            context=options.context,
+            on_tensor=bar.set,
+        )
+    with progress_bar(EMBEDDINGS, show=progress) as bar:
+        write_embeddings(checkpoint, folder / EMBEDDINGS, options.dtype, bar.set)
+
+
+def write_embeddings(
+    checkpoint: Checkpoint, path: Path, dtype: str, on_rows: Callable[[int, int], None]
+) -> None:
+    """Write the embedding table as a `.npy` of `dtype`, converted a few thousand rows at a time."""
+    table = checkpoint.tensor(_EMBED_TOKENS)
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(table.shape)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(table), _TABLE_ROWS):
+            with np.errstate(over="ignore"):  # what does not fit is refused next, in our words
+                rows = table[start : start + _TABLE_ROWS].float().numpy().astype(dtype)
+            if not np.isfinite(rows).all():
+                raise UhdError(f"tensor {_EMBED_TOKENS}: does not fit {dtype}; use --dtype float32")
+            file.write(rows.tobytes())
+            on_rows(min(start + _TABLE_ROWS, len(table)), len(table))
+
+
+def _describe(
+    source: str | Path,
+    folder: Path,
+    config: ModelConfig,
+    staging: Path,
+    options: BuildOptions,
+    progress: bool,
+) -> Manifest:
+    """The manifest of the files in `staging`, without parity yet."""
+    run = RunConfig(
+        layout=config.layout,
+        template=config.template,
+        separators=config.separators,
+        grid=options.grid,
+        max_slices=options.max_slices,
+        resize=options.resize,
+        upscale_only=config.upscale_only,
+        boxes=options.boxes,
+        context=options.context or config.language.context,
+    )
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        backend=options.backend,
+        fold=options.fold and config.projector.kind == "hiwin",
+        precision=Precision(options.dtype, options.dtype, options.dtype),
+        source=describe_source(
+            source,
+            folder,
+            config.generation,
+            config=options.config,
+            vision_tower=options.vision_tower,
+            mask=options.mask,
+        ),
+        model=config.shape,
+        run=run,
+        tools=tool_versions(*(() if options.engines is None else (options.backend,))),
+        parity=(),
+        files=_files(staging, progress),
+    )
+
+
+def _files(folder: Path, progress: bool) -> dict[str, FileRecord]:
+    """The files in `folder` but the manifest, with their digests."""
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    with progress_bar("hashing", sum(path.stat().st_size for path in paths), show=progress) as bar:
+        return {path.name: FileRecord(path.stat().st_size, hash_file(path, bar.advance)) for path in paths}

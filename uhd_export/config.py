@@ -1,0 +1,223 @@
+"""Configurations: an official `config.json`, of either generation, as typed dataclasses."""
+
+from dataclasses import dataclass
+
+from runtime.errors import UhdError
+from runtime.layout import COMMA, NEWLINE, Separators
+from runtime.shapes import HEAD_SIZE, LanguageShape, ModelShape, ProjectorShape, VisionShape
+from uhd_export.fields import optional, required, size
+from uhd_export.fields import read_json as read_json  # imported from here too
+
+# The base CLIP of the official checkpoints, so that no download is needed to know its shape.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+}
+QUERY_SIDES = {"": 12, "_64": 8, "_256": 16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what the model computes."""
+
+    vision: VisionShape
+    projector: ProjectorShape
+    language: LanguageShape
+    layout: str
+    template: str
+    separators: Separators
+    upscale_only: bool
+    generation: str
+
+    @property
+    def shape(self) -> ModelShape:
+        """The three parts' sizes."""
+        return ModelShape(self.vision, self.projector, self.language)
+
+
+def parse_config(
+    config: dict, tower: dict, *, layout: str | None = None, mask: int | None = None
+) -> ModelConfig:
+    """Typed configuration from a checkpoint's `config.json` and its CLIP's.
+
+    Both generations are read: `feature_mode: featup_muti_res` (December 2024) and `model_mode:
+    uhd_v2` / `uhd_v1`. `layout` and `mask` override what the config says.
+    Raises UhdError naming the field that is missing or not supported.
+    """
+    kind, suffix, generation = _projector_kind(config)
+    language = _language(config)
+    vision = _vision(config, tower)
+    if language.hidden % HEAD_SIZE:
+        raise UhdError(
+            f"config field hidden_size: {language.hidden} is not a multiple of {HEAD_SIZE}, "
+            "which the projector's attention needs"
+        )
+    levels = (
+        (1,) if kind == "v1" else mask_levels(config.get("feature_scale_mask", 7) if mask is None else mask)
+    )
+    return ModelConfig(
+        vision=vision,
+        projector=ProjectorShape(kind, language.hidden, vision.hidden, levels, QUERY_SIDES[suffix]),
+        language=language,
+        layout=layout or ("merged" if generation == "first" else "flat"),
+        template="qwen" if language.kind == "qwen2" else "vicuna_v1",
+        separators=_separators(config),
+        upscale_only=generation == "first",
+        generation=generation,
+    )
+
+
+def mask_levels(mask: int) -> tuple[int, ...]:
+    """Scales of `feature_scale_mask`: bits 1, 2, 4, 8 are levels 1x, 2x, 4x, 8x."""
+    if not isinstance(mask, int) or isinstance(mask, bool) or not 1 <= mask <= 15 or not mask & 1:
+        raise UhdError(
+            f"config field feature_scale_mask: {mask!r} is not supported; "
+            "use an odd number up to 15 (3, 5, 7 as released, 15 for levels 0 to 3)"
+        )
+    return tuple(scale for scale in (1, 2, 4, 8) if mask & scale)
+
+
+def _separators(config: dict) -> Separators:
+    ids = config.get("mm_separator_token_ids", [COMMA, NEWLINE])
+    if not isinstance(ids, list) or len(ids) != 2 or any(type(i) is not int or i < 0 for i in ids):
+        raise UhdError(
+            f"config field mm_separator_token_ids: {ids!r} must be two token ids, comma and newline"
+        )
+    return Separators(*ids)
+
+
+def _projector_kind(config: dict) -> tuple[str, str, str]:
+    """(kind, query suffix, generation) from the fields of either generation."""
+    name = required(config, "mm_projector_type", str)
+    if config.get("feature_mode") is not None and config.get("model_mode") is None:
+        if config["feature_mode"] != "featup_muti_res":
+            raise UhdError(
+                f"config field feature_mode: {config['feature_mode']!r} is not supported; "
+                "expected 'featup_muti_res'"
+            )
+        if name != "adapt_spatial_resampler":
+            raise _unsupported_projector(name)
+        return "hiwin", "", "first"
+    mode = required(config, "model_mode", str)
+    kinds = {
+        "uhd_v2": ("hiwin", "adapt_spatial_resampler_v2"),
+        "uhd_v1": ("v1", "adapt_spatial_resampler_v1"),
+    }
+    if mode not in kinds:
+        raise UhdError(f"config field model_mode: {mode!r} is not supported; expected uhd_v1 or uhd_v2")
+    kind, base = kinds[mode]
+    if not name.startswith(base) or name[len(base) :] not in QUERY_SIDES:
+        raise _unsupported_projector(name)
+    return kind, name[len(base) :], "branch"
+
+
+def _unsupported_projector(name: str) -> UhdError:
+    return UhdError(
+        f"config field mm_projector_type: {name!r} is not supported; expected "
+        "adapt_spatial_resampler (first release) or adapt_spatial_resampler_v1/_v2 with model_mode"
+    )
+
+
+def _language(config: dict) -> LanguageShape:
+    model_type = required(config, "model_type", str)
+    kinds = {
+        "llava_llama": "llama",
+        "llama": "llama",
+        "llava_qwen": "qwen2",
+        "llava_qwen2": "qwen2",
+        "qwen2": "qwen2",
+    }
+    if model_type not in kinds:
+        raise UhdError(
+            f"config field model_type: {model_type!r} is not supported; expected one of {', '.join(kinds)}"
+        )
+    kind = kinds[model_type]
+    if config.get("hidden_act", "silu") != "silu":
+        raise UhdError(f"config field hidden_act: {config['hidden_act']!r} is not supported; expected 'silu'")
+    if config.get("attention_bias") and kind == "llama":
+        raise UhdError("config field attention_bias: true is not supported for LLaMA models")
+    if config.get("use_sliding_window"):
+        raise UhdError("config field use_sliding_window: true is not supported; expected false")
+    rope = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = rope or optional(config, field, dict, {})
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UhdError(
+                f"config field {field}: only the default rotary embedding is supported; expected null"
+            )
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    if hidden % heads:
+        raise UhdError(f"config field num_attention_heads: {heads} does not divide hidden_size {hidden}")
+    kv_heads = size(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UhdError(
+            f"config field num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
+        )
+    eos = optional(config, "eos_token_id", (int, list), [])
+    return LanguageShape(
+        kind=kind,
+        hidden=hidden,
+        intermediate=size(config, "intermediate_size"),
+        layers=size(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size(config, "head_dim", hidden // heads),
+        vocab=size(config, "vocab_size"),
+        context=size(config, "max_position_embeddings"),
+        eps=float(required(config, "rms_norm_eps", (int, float))),
+        rope_theta=float(optional(config, "rope_theta", (int, float), rope.get("rope_theta", 10000.0))),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        bos=optional(config, "bos_token_id", int, None),
+        eos=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+def _vision(config: dict, tower: dict) -> VisionShape:
+    tower = tower.get("vision_config", tower)
+    if config.get("mm_vision_select_layer", -2) != -2:
+        raise UhdError(
+            f"config field mm_vision_select_layer: {config['mm_vision_select_layer']} "
+            "is not supported; expected -2"
+        )
+    if config.get("mm_vision_select_feature", "patch") != "patch":
+        raise UhdError("config field mm_vision_select_feature: only 'patch' is supported")
+    if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise UhdError(
+            f"vision config field hidden_act: {tower['hidden_act']!r} is not supported; expected 'quick_gelu'"
+        )
+    where = "vision config"
+    hidden, heads = size(tower, "hidden_size", where=where), size(tower, "num_attention_heads", where=where)
+    if hidden % heads:
+        raise UhdError(f"{where} field num_attention_heads: {heads} does not divide hidden_size {hidden}")
+    if config.get("mm_hidden_size", hidden) != hidden:
+        raise UhdError(
+            f"config field mm_hidden_size: {config['mm_hidden_size']} differs from the vision tower's "
+            f"hidden_size {hidden}; pass the matching --vision-tower"
+        )
+    patch, image_size = size(tower, "patch_size", where=where), size(tower, "image_size", where=where)
+    if patch != 14:
+        raise UhdError(f"{where} field patch_size: {patch} is not supported; expected 14")
+    if image_size % patch:
+        raise UhdError(f"{where} field image_size: {image_size} is not a multiple of patch_size {patch}")
+    layers = size(tower, "num_hidden_layers", where=where)
+    if layers < 2:
+        raise UhdError(
+            f"{where} field num_hidden_layers: {layers} is too few; features leave the last but one"
+        )
+    return VisionShape(
+        hidden=hidden,
+        intermediate=size(tower, "intermediate_size", where=where),
+        layers=layers - 1,
+        heads=heads,
+        image_size=image_size,
+        patch=patch,
+        eps=float(optional(tower, "layer_norm_eps", (int, float), 1e-5, where)),
+    )

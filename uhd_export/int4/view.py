@@ -1,0 +1,54 @@
+"""The weights that a bundle is held to: a checkpoint as rounding changes it."""
+
+import torch
+
+from runtime.manifest import Quantization
+from runtime.shapes import LanguageShape
+from uhd_export.checkpoint import Checkpoint
+from uhd_export.int4.choose import HEADS
+from uhd_export.int4.linears import LM_HEAD, head_group, linear_shapes
+from uhd_export.int4.weight import round_to_nearest
+
+
+class RoundedView(Checkpoint):
+    """`base` with the values that a bundle rounds in place of its own. The caller closes `base`.
+
+    A tied head stays as it is: its tensor is also the embedding table, which is not rounded.
+    """
+
+    def __init__(self, base: Checkpoint, config: LanguageShape, quantization: Quantization) -> None:
+        self.folder, self._base, self._where = base.folder, base, base._where
+        self._symmetric = quantization.symmetric
+        self._rounded: dict[str, tuple[int, int]] = {}
+        if quantization.method == "rtn":
+            self._rounded = {f"{name}.weight": (quantization.group, 4) for name in linear_shapes(config)}
+        bits = HEADS[quantization.lm_head]
+        if bits is not None and not config.tied:
+            self._rounded[f"{LM_HEAD}.weight"] = head_group(config), bits
+
+    def names(self) -> set[str]:
+        """As in the base."""
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As in the base."""
+        return self._base.shape(name)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Tensor `name`, rounded where the bundle's is."""
+        if name not in self._rounded:
+            return self._base.tensor(name, dtype)
+        group, bits = self._rounded[name]
+        dense = self._base.tensor(name, torch.float32).numpy()
+        rounded = round_to_nearest(
+            dense, group, bits=bits, symmetric=name == f"{LM_HEAD}.weight" or self._symmetric
+        )
+        return torch.from_numpy(rounded.dequantize()).to(dtype or torch.float32)
+
+    def close(self) -> None:
+        """Nothing: the base stays open."""
+
+
+def as_stored(base: Checkpoint, config: LanguageShape, quantization: Quantization | None) -> Checkpoint:
+    """`base` with the weights that a bundle of `quantization` stores."""
+    return base if quantization is None else RoundedView(base, config, quantization)

@@ -1,0 +1,196 @@
+"""The whole model in PyTorch: the reference that every exported part is checked against."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from runtime import prompt as prompts
+from runtime.errors import UhdError
+from runtime.geometry import GRID_MODES, crop_geometry
+from runtime.layout import LAYOUTS, layout_indices
+from runtime.pixels import cut, normalise, open_image
+from runtime.slicing import MAX_SLICES, SlicePlan, plan_slices
+from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, locate, read_config
+from uhd_export.config import ModelConfig
+from uhd_export.int4 import open_checkpoint
+from uhd_export.language import LanguageModel
+from uhd_export.projector import HiwinProjector, V1Projector
+from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.vit import Geometry, VisionTower
+
+ImageLike = str | Path | Image.Image | np.ndarray
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class UhdModel:
+    """LLaVA-UHD v2 in plain PyTorch. Make one with `load_model`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        grid: str,
+        max_slices: int,
+        resize: int | None,
+        boxes: str,
+    ) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.grid, self.max_slices, self.resize, self.boxes = grid, max_slices, resize, boxes
+        with torch.device("meta"):
+            self.vision_tower = VisionTower(config.vision)
+            self.projector = (HiwinProjector if config.projector.kind == "hiwin" else V1Projector)(
+                config.projector
+            )
+            self.language = LanguageModel(config.language)
+        checkpoint = open_checkpoint(folder)
+        parts = ((self.vision_tower, VISION_PREFIX), (self.projector, PROJECTOR_PREFIX), (self.language, ""))
+        used = {prefix + name for module, prefix in parts for name, _ in module.named_parameters()}
+        last = f"encoder.layers.{config.vision.layers}."
+        checkpoint.refuse_unknown(
+            used, lambda n: last in n or (config.language.tied and n == "lm_head.weight")
+        )
+        for module, prefix in parts:
+            checkpoint.load_into(module, prefix, dtype)
+        checkpoint.close()
+        self._tokenizer = None
+
+    def plan(self, image: Image.Image) -> SlicePlan:
+        """How `image` is cut."""
+        return plan_slices(
+            image.size, max_slices=self.max_slices, resize=self.resize, upscale_only=self.config.upscale_only
+        )
+
+    def geometry(self, rows: int, cols: int) -> Geometry:
+        """The geometry tensors of a crop of rows x cols patches."""
+        projector = self.config.projector
+        scales = sorted({1, *projector.stages, *projector.levels})
+        arrays = crop_geometry(
+            rows,
+            cols,
+            levels=scales,
+            grid=self.grid,
+            side=projector.side,
+            table=self.config.vision.table,
+            patch=self.config.vision.patch,
+            boxes=self.boxes,
+        )
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @torch.inference_mode()
+    def encode_crops(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 14h, 14w) normalised pixels of equal crops to (B, side^2, D) tokens."""
+        patch = self.config.vision.patch
+        geometry = self.geometry(pixels.shape[2] // patch, pixels.shape[3] // patch)
+        pixels = pixels.to(self.dtype)
+        return self.projector(self.vision_tower(pixels, geometry), pixels, geometry)
+
+    def encode_image(self, image: ImageLike) -> list[torch.Tensor]:
+        """One (tokens, D) tensor a crop: slices first, row by row, the overview last."""
+        return self._encode(open_image(image))[1]
+
+    def _encode(self, image: Image.Image) -> tuple[SlicePlan, list[torch.Tensor]]:
+        plan = self.plan(image)
+        crops = [torch.from_numpy(normalise(crop)) for crop in cut(image, plan)]
+        tokens = []
+        if len(crops) > 1:
+            tokens.extend(self.encode_crops(torch.stack(crops[:-1])))
+        tokens.extend(self.encode_crops(crops[-1][None]))
+        return plan, tokens
+
+    def input_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of `prompt`, -200 where an image goes."""
+        if isinstance(prompt, str) and self._tokenizer is None:
+            self._tokenizer = checkpoint_tokenizer(self.folder)
+        return prompts.encode(self._tokenizer, prompt)
+
+    @torch.inference_mode()
+    def inputs_embeds(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]
+    ) -> torch.Tensor:
+        """(1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        ids = self.input_ids(prompt)
+        if ids.count(prompts.IMAGE_ID) != len(images):
+            raise UhdError(
+                f"prompt has {ids.count(prompts.IMAGE_ID)} <image> markers for {len(images)} images"
+            )
+        rest, table = iter(images), self.language.model.embed_tokens
+        pieces = []
+        for token in ids:
+            if token == prompts.IMAGE_ID:
+                pieces.append(self._visual_embeds(next(rest)))
+            else:
+                pieces.append(table(torch.tensor([token])))
+        return torch.cat(pieces)[None]
+
+    def _visual_embeds(self, image: ImageLike) -> torch.Tensor:
+        plan, crops = self._encode(open_image(image))
+        source, tokens = layout_indices(
+            plan.grid,
+            layout=self.config.layout,
+            side=self.config.projector.side,
+            separators=self.config.separators,
+        )
+        source, tokens = torch.from_numpy(source), torch.from_numpy(tokens)
+        out = torch.cat(crops)[source.clamp(min=0)]
+        out[source < 0] = self.language.model.embed_tokens(tokens[source < 0])
+        return out
+
+    @torch.inference_mode()
+    def logits(self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]) -> torch.Tensor:
+        """(1, S, vocab) logits."""
+        return self.language(self.inputs_embeds(image, prompt))
+
+    @torch.inference_mode()
+    def generate_ids(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int], max_new_tokens: int
+    ) -> list[int]:
+        """Greedy continuation; ends before `max_new_tokens` after an end-of-text token."""
+        embeds, cache, out = self.inputs_embeds(image, prompt), self.language.new_cache(), []
+        while len(out) < max_new_tokens:
+            token = int(self.language(embeds, cache, last_only=True)[0, -1].argmax())
+            out.append(token)
+            if token in self.config.language.eos:
+                break
+            embeds = self.language.model.embed_tokens(torch.tensor([[token]]))
+        return out
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    config: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    layout: str | None = None,
+    mask: int | None = None,
+    grid: str = "selective",
+    max_slices: int = MAX_SLICES,
+    resize: int | None = None,
+    boxes: str | None = None,
+) -> UhdModel:
+    """Load a LLaVA-UHD checkpoint, a folder or a Hugging Face hub id, as a PyTorch model.
+
+    `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
+    that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
+    `grid` selective, fix or pyramid; `resize` the longest side before slicing, or None; `boxes`
+    exact or bf16, by default as the released code in `dtype`.
+    Raises UhdError for whatever is missing, broken or not supported.
+    """
+    if dtype not in DTYPES:
+        raise UhdError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if layout is not None and layout not in LAYOUTS:
+        raise UhdError(f"layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
+    if grid not in GRID_MODES:
+        raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
+    folder = locate(source)
+    parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
+    boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
+    return UhdModel(
+        folder, parsed, DTYPES[dtype], grid=grid, max_slices=max_slices, resize=resize, boxes=boxes
+    )

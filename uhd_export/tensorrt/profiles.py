@@ -1,0 +1,112 @@
+"""Optimization profiles from the model's own geometry: every crop that slice planning can produce.
+
+A profile is a box of shapes, while crops lie along a hyperbola (about 576 patches of any aspect ratio).
+So the ratios are cut into bands and each gets the box around its crops.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+from runtime.decoder import EMBEDS
+from runtime.geometry import GRID_MODES, bin_grid, crop_geometry
+from runtime.shapes import LanguageShape
+from runtime.slicing import PATCH, SCALE_RESOLUTION
+from runtime.tensorrt_record import Profile, Range, Shape
+from runtime.vision import MAX_BATCH, PIXELS
+from uhd_export.config import ModelConfig
+
+Grid = tuple[int, int]
+# Where the bands meet, as cols / rows. Slices lie in the middle one (unless an image is nine times as long
+# as wide), overviews in any.
+BAND_EDGES = (1 / 4, 1 / 1.6, 1.6, 4)
+# Crops to tune for: six slices of a 1008x672 image at once; elongated ones are overviews, one at a time.
+SLICES = 6
+
+
+def possible_grids(*, scale: int = SCALE_RESOLUTION, patch: int = PATCH) -> list[Grid]:
+    """Every (rows, cols) of patches that `plan_slices` can produce, at least 2 on each side.
+
+    (Thinner crops, of images over 144 times as long as wide, have no feature pyramid.) All crops are
+    fitted to scale^2 pixels by their ratio r alone: height int(scale / sqrt(r)), width int(height * r).
+    For each height the ratios that give it are an interval, hence the widths too.
+    """
+    grids = set()
+    for height in itertools.count(2 * patch):
+        low, high = (scale / (height + 1)) ** 2, (scale / height) ** 2
+        first, last = int(height * low), int(height * high)
+        if last < 2 * patch:
+            return sorted(grids)
+        columns = range(max(first // patch, 2), last // patch + 1)
+        grids.update((height // patch, cols) for cols in columns)
+
+
+def vision_profiles(config: ModelConfig, *, max_batch: int = MAX_BATCH, bands: int = 5) -> list[Profile]:
+    """Profiles that together hold every crop shape, grid mode and batch of 1 to `max_batch`.
+
+    `bands` is 5, or 1 for a single box around everything, which builds faster and runs no slower where
+    kernels are specialised at run time, but plans for shapes that never occur.
+    """
+    grids = possible_grids(patch=config.vision.patch)
+    edges = (0.0, *(BAND_EDGES if bands > 1 else ()), math.inf)
+    profiles = []
+    for low, high in itertools.pairwise(edges):
+        members = [(rows, cols) for rows, cols in grids if low <= cols / rows < high]
+        profiles.append(_profile(config, members, max_batch))
+    # The middle band first: the first profile that holds a shape is taken.
+    return sorted(profiles, key=lambda p: p.name != _name((24, 24)))
+
+
+def language_profiles(config: LanguageShape, context: int, *, prefill: int | None = None) -> list[Profile]:
+    """One profile to decode a position at a time, one for prompts of up to `prefill` (default: context)."""
+    most = min(prefill or context, context)
+
+    def profile(name: str, *sizes: int) -> Profile:
+        least, best, most = ((1, size, config.hidden) for size in sizes)
+        return Profile(name, {EMBEDS: Range(least, best, most)})
+
+    # A 1008x672 image and a question take about 1060 positions.
+    return [profile("decode", 1, 1, 1), profile("prefill", 1, min(1060, most), most)]
+
+
+def _profile(config: ModelConfig, members: list[Grid], max_batch: int) -> Profile:
+    """The box around `members`."""
+    rows, cols = zip(*members, strict=True)
+    best = min(members, key=lambda grid: _distance(grid, members))
+    batch = min(SLICES, max_batch) if best == (24, 24) else 1
+    corners = (min(rows), min(cols), 1), (*best, batch), (max(rows), max(cols), max_batch)
+    least, tuned, most = (_shapes(config, *corner) for corner in corners)
+    for scale in config.projector.levels:
+        bins = [bin_grid(*grid, scale, mode) for grid in members for mode in GRID_MODES]
+        for axis, sizes in zip("yx", zip(*bins, strict=True), strict=True):
+            for name in (f"roi_{scale}x_{axis}", f"window_position_{scale}x_{axis}"):
+                least[name] = _with_bins(least[name], min(sizes))
+                most[name] = _with_bins(most[name], max(sizes))
+    return Profile(_name(best), {name: Range(least[name], tuned[name], most[name]) for name in tuned})
+
+
+def _distance(grid: Grid, members: Iterable[Grid]) -> float:
+    """How far `grid` is from the middle of the band; the whole table's size is the middle where it is in."""
+    if (24, 24) in members:
+        return abs(grid[0] - 24) + abs(grid[1] - 24)
+    ratios = sorted(math.log(cols / rows) for rows, cols in members)
+    return abs(math.log(grid[1] / grid[0]) - ratios[len(ratios) // 2])
+
+
+def _name(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _shapes(config: ModelConfig, rows: int, cols: int, batch: int) -> dict[str, Shape]:
+    """Shapes of the vision graph's inputs for `batch` crops of rows x cols patches."""
+    vision, projector = config.vision, config.projector
+    geometry = crop_geometry(
+        rows, cols, levels=projector.levels, side=projector.side, table=vision.table, patch=vision.patch
+    )
+    shapes = {name: tuple(matrix.shape) for name, matrix in geometry.items()}
+    return {PIXELS: (batch, 3, rows * vision.patch, cols * vision.patch), **shapes}
+
+
+def _with_bins(shape: Shape, bins: int) -> Shape:
+    """(side, bins, n) with other bins."""
+    return shape[0], bins, shape[2]
