@@ -1,0 +1,1 @@
+"""Calibration sequences and quantization of the language model."""

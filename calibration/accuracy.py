@@ -1,0 +1,56 @@
+"""How many of the embedded model's questions a quantized language model still answers."""
+
+from collections.abc import Mapping
+
+import torch
+
+from calibration.quality import Accuracy
+from calibration.sequences import greedy_tokens
+from runtime.manifest import RunConfig
+from runtime.progress import Bar
+from runtime.prompt import encode, render
+from runtime.sequence import PromptSequence, picture
+from uhd_export.checkpoint import Checkpoint
+from uhd_export.config import ModelConfig
+from uhd_export.language import LanguageModel
+from uhd_export.nano.evaluate import held_out_question
+from uhd_export.reference import VisionReference, reference_embeds
+from uhd_export.tokenizer import checkpoint_tokenizer
+
+_LONGEST = 8
+
+
+@torch.inference_mode()
+def measure_accuracy(
+    weights: Mapping[str, Checkpoint],
+    vision_from: Checkpoint,
+    config: ModelConfig,
+    run: RunConfig,
+    count: int,
+    bar: Bar,
+) -> Accuracy:
+    """Ask each of `weights` the first `count` held-out questions, in float32, images encoded once.
+
+    The language models are loaded whole: this is for the embedded model, a few megabytes.
+    """
+    tokenizer = checkpoint_tokenizer(vision_from.folder)
+    vision = VisionReference(vision_from, config, boxes=run.boxes)
+    models = {name: _load(checkpoint, config) for name, checkpoint in weights.items()}
+    exact = dict.fromkeys(models, 0)
+    for index in range(count):
+        image, question, expected = held_out_question(index)
+        shown = picture(image, run, side=config.projector.side, patch=config.vision.patch)
+        sequence = PromptSequence(encode(tokenizer, render(question, run.template)), [shown])
+        embeds = torch.from_numpy(reference_embeds(vision_from, vision, sequence))
+        for name, model in models.items():
+            tokens = greedy_tokens(model, embeds, _LONGEST)
+            exact[name] += tokenizer.decode(tokens).strip() == expected
+        bar.advance()
+    return Accuracy(count, exact)
+
+
+def _load(checkpoint: Checkpoint, config: ModelConfig) -> LanguageModel:
+    with torch.device("meta"):
+        model = LanguageModel(config.language)
+    checkpoint.load_into(model, "", torch.float32)
+    return model

@@ -1,0 +1,144 @@
+"""GPTQ of a language model, layer by layer, on sequences of embeddings.
+
+Each layer is loaded alone. Its groups of linears are quantized one after another, each on the inputs that
+the quantized linears before it produce; the layer that the next one builds on multiplies exactly what is
+stored. Held-out sequences run beside: through the unquantized layers, through those rounded to the nearest,
+and through GPTQ's.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from calibration.activations import Activations
+from calibration.layers import GROUPS, LayerRunner, load_layer
+from calibration.quality import LinearQuality, ModelQuality, model_quality, output_error
+from calibration.sequences import Sequences
+from calibration.solver import GptqOptions, GroupSolver, Solved
+from calibration.work import Work
+from runtime.errors import UhdError
+from runtime.shapes import LanguageShape
+from uhd_export.checkpoint import Checkpoint
+from uhd_export.int4 import round_to_nearest
+from uhd_export.int4.words import pack_gptq
+from uhd_export.language import DecoderLayer, RMSNorm
+
+CALIBRATION, HELD_OUT, WITH_RTN, WITH_GPTQ = "calibration", "held_out", "held_out_rtn", "held_out_gptq"
+# Held-out input rows on which layer errors are measured, of all sequences together.
+ERROR_ROWS = 2048
+
+
+@dataclass
+class Run:
+    """A quantization under way: `states` are the hidden states before layer `next_layer`."""
+
+    checkpoint: Checkpoint
+    config: LanguageShape
+    options: GptqOptions
+    work: Work
+    states: dict[str, Activations]
+    judged: tuple[int, ...]
+    batch: int = 1
+    next_layer: int = 0
+
+    @staticmethod
+    def states_of(sequences: Sequences) -> dict[str, Activations]:
+        """The hidden states before the first layer."""
+        held = sequences.held_out
+        return {
+            CALIBRATION: sequences.calibration,
+            HELD_OUT: held,
+            WITH_RTN: held.clone(),
+            WITH_GPTQ: held.clone(),
+        }
+
+    @torch.inference_mode()
+    def quantize_layers(self, advance: Callable[[], None]) -> None:
+        """Quantize the layers that remain; `advance` is called once a group of linears."""
+        longest = max(max(activations.lengths) for activations in self.states.values())
+        runner = LayerRunner(self.config, longest, self.batch)
+        for index in range(self.next_layer, self.config.layers):
+            seen, rtn_errors = self._rounded(runner, index)
+            layer = load_layer(self.checkpoint, self.config, index)
+            tensors, records = {}, []
+            for group in GROUPS:
+                dense = {name: layer.get_submodule(name).weight for name in group}
+                for name, solved in self._solve(runner, layer, group).items():
+                    values = torch.from_numpy(solved.weight.dequantize())
+                    error = output_error(seen[group[0]], dense[name], values)
+                    layer.get_submodule(name).weight.data = values
+                    records.append(self._record(index, name, solved, rtn_errors[name], error))
+                    parts = pack_gptq(solved.weight)
+                    tensors |= {f"model.layers.{index}.{name}.{part}": a for part, a in parts.items()}
+                del dense, seen[group[0]]
+                advance()
+            for state in (CALIBRATION, WITH_GPTQ):
+                runner.advance(layer, self.states[state])
+            del layer
+            self.work.save_layer(index, tensors, records)
+            self.next_layer = index + 1
+            self.work.save_activations(self.next_layer, self.states, self.judged)
+
+    def _rounded(self, runner: LayerRunner, index: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Held-out inputs of each group in the unquantized layer, and the errors of rounding its linears."""
+        layer = load_layer(self.checkpoint, self.config, index)
+        caught: dict[str, list[torch.Tensor]] = {group[0]: [] for group in GROUPS}
+        held = self.states[HELD_OUT]
+        step = max(1, -(-sum(held.lengths) // ERROR_ROWS))
+        runner.advance(layer, held, lambda name, rows: caught[name].append(rows[::step].clone()))
+        seen = {name: torch.cat(parts) for name, parts in caught.items()}
+        errors = {}
+        for group in GROUPS:
+            for name in group:
+                linear: nn.Linear = layer.get_submodule(name)
+                rounded = round_to_nearest(
+                    linear.weight.numpy(), self.options.group, symmetric=self.options.symmetric
+                )
+                values = torch.from_numpy(rounded.dequantize())
+                errors[name] = output_error(seen[group[0]], linear.weight, values)
+                linear.weight.data = values
+        runner.advance(layer, self.states[WITH_RTN])
+        return seen, errors
+
+    def _solve(self, runner: LayerRunner, layer: DecoderLayer, group: tuple[str, ...]) -> dict[str, Solved]:
+        calibration = self.states[CALIBRATION]
+        linears = {name: layer.get_submodule(name) for name in group}
+        solver = GroupSolver(linears, self.options, sum(calibration.lengths))
+        for rows in runner.inputs(layer, calibration, group[0]):
+            solver.add(rows)
+        return solver.solve()
+
+    def _record(self, index: int, name: str, solved: Solved, rtn: float, gptq: float) -> LinearQuality:
+        if not (math.isfinite(rtn) and math.isfinite(gptq)):
+            raise UhdError(
+                f"model.layers.{index}.{name}: outputs are not finite; are the checkpoint's weights whole?"
+            )
+        outputs, inputs = solved.weight.codes.shape
+        return LinearQuality(index, name, outputs, inputs, solved.samples, solved.fallback, rtn, gptq)
+
+    def records(self) -> tuple[LinearQuality, ...]:
+        """What was measured on all layers."""
+        return tuple(record for index in range(self.next_layer) for record in self.work.layer_quality(index))
+
+    @torch.inference_mode()
+    def model_qualities(self) -> tuple[ModelQuality, ModelQuality]:
+        """The whole model with rounded layers, and with GPTQ's, against the unquantized one."""
+        with torch.device("meta"):
+            norm = RMSNorm(self.config.hidden, self.config.eps)
+        self.checkpoint.load_into(norm, "model.norm.", torch.float32)
+        name = "model.embed_tokens.weight" if self.config.tied else "lm_head.weight"
+        head = self.checkpoint.tensor(name, torch.float32)
+        expected, rtn, gptq = (
+            F.linear(norm(self.states[state].last_rows(self.judged)), head)
+            for state in (HELD_OUT, WITH_RTN, WITH_GPTQ)
+        )
+        return model_quality(expected, rtn), model_quality(expected, gptq)
+
+    @property
+    def steps(self) -> int:
+        """Calls of `advance` that remain."""
+        return len(GROUPS) * (self.config.layers - self.next_layer)

@@ -1,0 +1,139 @@
+"""The working folder of an unfinished quantization: what is done, and whether it may be continued.
+
+Every file is written under a temporary name and renamed. `state.json` identifies source, data and
+settings; `activations.safetensors` holds the hidden states before layer N, which it names;
+`layer-00000.safetensors` and so on the finished layers below N. A run that stops loses the layer
+it was at, no more.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from calibration.activations import Activations
+from calibration.quality import LinearQuality
+from runtime.errors import UhdError
+
+_STATE, _ACTIVATIONS = "state.json", "activations.safetensors"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk into a UhdError that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UhdError(
+                f"{folder}: the disk is full; make room and run the same command to continue"
+            ) from None
+        raise
+    except SafetensorError as error:
+        if "space left" in str(error) or "os error 28" in str(error):
+            raise UhdError(
+                f"{folder}: the disk is full; make room and run the same command to continue"
+            ) from None
+        raise
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file that others may read too; the library makes it the owner's alone."""
+    save_file(tensors, path, metadata)
+    path.chmod(0o644)
+
+
+class Work:
+    """One working folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare(self, identity: dict, say: Callable[[str], None]) -> None:
+        """Make the folder ready for the run `identity` describes; an unfinished other one is dropped.
+
+        `say` is told what becomes of unfinished work.
+        """
+        try:
+            previous = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            previous = None
+        except (OSError, ValueError):
+            previous = {}
+        if previous == identity:
+            return
+        if previous is not None:
+            changed = sorted(k for k in {*identity, *previous} if identity.get(k) != previous.get(k))
+            say(f"unfinished work in {self.folder} is of other {', '.join(changed)}: starting anew")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True)
+            partial = self.folder / (_STATE + ".partial")
+            partial.write_text(json.dumps(identity), encoding="utf-8")
+            os.replace(partial, self.folder / _STATE)
+
+    def save_activations(self, layer: int, states: dict[str, Activations], judged: tuple[int, ...]) -> None:
+        """Keep the hidden states before `layer`."""
+        tensors = {name: activations.rows for name, activations in states.items()}
+        lengths = {name: activations.lengths for name, activations in states.items()}
+        metadata = {"layer": str(layer), "lengths": json.dumps(lengths), "judged": json.dumps(judged)}
+        self._save(self.folder / _ACTIVATIONS, tensors, metadata)
+
+    def load_activations(self) -> tuple[int, dict[str, Activations], tuple[int, ...]] | None:
+        """(layer, states, judged) as saved, or None where there are none that can be read."""
+        try:
+            with safe_open(self.folder / _ACTIVATIONS, "pt") as file:
+                metadata = file.metadata()
+                lengths = json.loads(metadata["lengths"])
+                # Cloned: the file is replaced while the states are in use.
+                states = {
+                    name: Activations(file.get_tensor(name).clone(), tuple(lengths[name]))
+                    for name in file.keys()  # noqa: SIM118 (a safetensors handle is not a mapping)
+                }
+                return int(metadata["layer"]), states, tuple(json.loads(metadata["judged"]))
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            return None
+
+    def layer_file(self, layer: int) -> Path:
+        """Where finished layer `layer` is kept."""
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def save_layer(self, layer: int, tensors: dict[str, np.ndarray], records: list[LinearQuality]) -> None:
+        """Keep a finished layer and what was measured on it."""
+        rows = json.dumps([asdict(record) for record in records])
+        self._save(
+            self.layer_file(layer),
+            {name: torch.from_numpy(array) for name, array in tensors.items()},
+            {"format": "pt", "quality": rows},
+        )
+
+    def layer_quality(self, layer: int) -> list[LinearQuality]:
+        """What was measured on finished layer `layer`. Raises UhdError where its file is not whole."""
+        path = self.layer_file(layer)
+        try:
+            with safe_open(path, "pt") as file:
+                return [LinearQuality(**record) for record in json.loads(file.metadata()["quality"])]
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            raise UhdError(f"{path}: missing or damaged; delete {self.folder} to start anew") from None
+
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        partial = path.with_name(path.name + ".partial")
+        with disk_errors(self.folder):
+            write_tensors(partial, tensors, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
