@@ -1,0 +1,129 @@
+"""Engines: opening, running, binding buffers, traces, and one-line errors."""
+
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from plugins.graph import GraphBuilder
+from runtime.engine import open_engine
+from runtime.errors import UhdError
+from runtime.ort_engine import node_times
+
+
+@pytest.fixture
+def accumulator(tmp_path):
+    """A graph with state: total = past + x, and mean = the total's mean over the free axis."""
+    builder = GraphBuilder("accumulator")
+    x = builder.input("x", ir.DataType.FLOAT, ("size", 2))
+    past = builder.input("past", ir.DataType.FLOAT, ("size", 2))
+    ones = builder.weight("ones", (2, 2), ir.DataType.FLOAT, lambda: np.eye(2, dtype=np.float32))
+    total = builder.op("Add", past, builder.op("MatMul", x, ones, name="project"), name="add")
+    mean = builder.op("ReduceMean", total, builder.constant([0]), keepdims=0, name="average")
+    builder.output(total, "total", ir.DataType.FLOAT, ("size", 2), direct=True)
+    builder.output(mean, "mean", ir.DataType.FLOAT, (2,))
+    builder.save(tmp_path / "accumulator.onnx")
+    return tmp_path / "accumulator.onnx"
+
+
+def test_inputs_outputs_and_results(accumulator):
+    with open_engine(accumulator, threads=1) as engine:
+        assert engine.inputs["x"].shape == ("size", 2) and engine.inputs["x"].dtype == np.float32
+        assert engine.inputs["x"].resolve({"size": 5}) == (5, 2)
+        assert list(engine.outputs) == ["total", "mean"]
+        x = np.arange(6, dtype=np.float32).reshape(3, 2)
+        results = engine.infer({"x": x, "past": 2 * x})
+        np.testing.assert_array_equal(results["total"], 3 * x)
+        np.testing.assert_array_equal(results["mean"], 3 * x.mean(0))
+        assert engine.weight_bytes == sum(f.stat().st_size for f in accumulator.parent.iterdir())
+
+
+def test_a_binding_keeps_its_buffer_and_others_have_their_own(accumulator):
+    with open_engine(accumulator, threads=1) as engine:
+        first, second = (engine.bind({"past": "total"}, {"size": 3}) for _ in range(2))
+        assert first.nbytes == 3 * 2 * 4
+        x = np.ones((3, 2), np.float32)
+        means = [first.infer({"x": x})["mean"] for _ in range(3)]
+        assert [m.tolist() for m in means] == [[1, 1], [2, 2], [3, 3]]
+        assert first.read("past").tolist() == (3 * x).tolist()
+        assert set(second.infer({"x": 5 * x})) == {"mean"}
+        assert second.read("past").tolist() == (5 * x).tolist()
+        nothing = engine.bind({}, {})
+        for scale in (1, 2):
+            results = nothing.infer({"x": scale * x[:scale], "past": x[:scale]})
+            assert results["total"].tolist() == [[scale + 1] * 2] * scale
+            assert results["mean"].tolist() == [scale + 1] * 2
+        # Feeds need not be contiguous.
+        assert first.infer({"x": np.ones((2, 3), np.float32).T})["mean"].tolist() == [4, 4]
+
+
+def test_buffers_start_as_zeros_whatever_the_memory_held(accumulator, monkeypatch):
+    allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+    def dirty(shape, kind, device="cpu"):
+        buffer = allocate(shape, kind, device)
+        buffer.update_inplace(np.full(shape, np.nan, kind))
+        return buffer
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", dirty)
+    with open_engine(accumulator, threads=1) as engine:
+        binding = engine.bind({"past": "total"}, {"size": 3})
+        assert not binding.read("past").any()
+
+
+def test_feeds_are_checked(accumulator):
+    x = np.ones((3, 2), np.float32)
+    with open_engine(accumulator, threads=1) as engine:
+        binding = engine.bind({"past": "total"}, {"size": 3})
+        for run, feeds, message in [
+            (engine.infer, {"x": x}, "differ from the inputs"),
+            (engine.infer, {"x": x, "past": x, "y": x}, "differ from the inputs"),
+            (engine.infer, {"x": x, "past": x.astype(np.float64)}, "feed past: type float64"),
+            (binding.infer, {"x": x, "past": x}, "differ from the inputs"),
+            (binding.infer, {"x": x.astype(np.float16)}, "feed x: type float16"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                run(feeds)
+        with pytest.raises(KeyError, match="size"):
+            engine.bind({"past": "total"}, {})
+
+
+def test_a_trace_gives_time_by_node(accumulator, tmp_path):
+    with open_engine(accumulator, threads=1, profile=tmp_path / "trace") as engine:
+        x = np.ones((3, 2), np.float32)
+        for _ in range(4):
+            engine.infer({"x": x, "past": x})
+        times = {t.name: t for t in node_times(engine.end_profile())}
+    assert times["average"].operator == "ReduceMean" and times["average"].calls == 4
+    assert all(t.microseconds >= 0 for t in times.values())
+    assert [t.microseconds for t in times.values()] == sorted(
+        (t.microseconds for t in times.values()), reverse=True
+    )
+
+
+def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch):
+    with pytest.raises(UhdError, match=r"^backend 'tflite': unknown; use one of onnxruntime"):
+        open_engine(accumulator, "tflite")
+    with pytest.raises(UhdError, match=r"^engine .*missing.onnx: no such file$"):
+        open_engine(tmp_path / "missing.onnx")
+    with pytest.raises(UhdError, match=r"^device 'tpu': unknown; use one of cpu, cuda"):
+        open_engine(accumulator, device="tpu")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(
+        UhdError, match=r"^device cuda: .* no CUDAExecutionProvider; pip install onnxruntime-gpu$"
+    ):
+        open_engine(accumulator, device="cuda")
+    accumulator.write_bytes(b"not a model")
+    with pytest.raises(
+        UhdError, match=r"^engine .*accumulator.onnx: ONNX Runtime cannot load it .*build it again$"
+    ):
+        open_engine(accumulator)
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(accumulator, monkeypatch):
+    monkeypatch.delitem(sys.modules, "runtime.ort_engine")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UhdError, match=r"^backend onnxruntime: not installed .*pip install onnxruntime$"):
+        open_engine(accumulator)

@@ -1,0 +1,41 @@
+"""The runtime must load on a device that has neither PyTorch nor transformers."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import runtime
+
+HEAVY = ("torch", "transformers", "safetensors", "onnx", "triton")
+PROBE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """Top-level packages in a fresh interpreter that imported `modules`."""
+    done = subprocess.run([sys.executable, "-c", PROBE, *modules], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_whole_runtime_imports_without_torch():
+    modules = [m.name for m in pkgutil.walk_packages(runtime.__path__, "runtime.")]
+    assert {"runtime.slicing", "runtime.geometry", "runtime.prompt"} <= set(modules)
+    loaded = loaded_by("runtime", *modules)
+    assert "runtime" in loaded
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["cli"])
+def test_the_command_line_starts_light(module):
+    assert not loaded_by(module) & {*HEAVY, "numpy", "onnxruntime", "PIL"}
+
+
+def test_the_probe_sees_heavy_imports():
+    assert "safetensors" in loaded_by("safetensors")

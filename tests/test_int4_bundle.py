@@ -1,0 +1,231 @@
+"""Bundles with int4 language models: what is chosen, that they hold the exact integers, and their reports."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from calibration.command import quantize, quantized_source
+from runtime.errors import UhdError
+from runtime.manifest import QUALITY, FileRecord, read_manifest
+from runtime.quality_report import print_quality
+from uhd_export.build import build_bundle
+from uhd_export.check import check_bundle
+from uhd_export.checkpoint import Checkpoint, read_config
+from uhd_export.int4 import (
+    QuantizedWeight,
+    WeightOptions,
+    as_stored,
+    linear_shapes,
+    open_checkpoint,
+    resolve,
+    round_to_nearest,
+)
+from uhd_export.int4.words import pack_gptq
+
+
+@pytest.fixture(scope="module")
+def plain(spoken_checkpoint):
+    return spoken_checkpoint
+
+
+def _config(folder):
+    return read_config(folder, vision_tower=folder / "clip")
+
+
+def _gptq(plain, folder, *, form="gptq", symmetric=True, ordered=False):
+    """The checkpoint with its linear layers in GPTQ's format."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "clip"):
+        (folder / name).symlink_to(plain / name)
+    tensors = load_file(plain / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in linear_shapes(_config(plain).language):
+        weight = round_to_nearest(tensors.pop(f"{name}.weight").float().numpy(), 64, symmetric=symmetric)
+        if ordered:
+            order = np.argsort(rng.permutation(weight.codes.shape[1]) // 64, kind="stable")
+            weight = QuantizedWeight(weight.codes, weight.scales, weight.zeros, 4, order)
+        tensors |= {f"{name}.{part}": torch.from_numpy(a) for part, a in pack_gptq(weight, form).items()}
+    save_file(tensors, folder / "model.safetensors")
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": symmetric, "desc_act": ordered}
+    raw = json.loads((plain / "config.json").read_text())
+    raw["mm_vision_tower"] = "clip"
+    raw["quantization_config"] = settings | {"checkpoint_format": form}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def _parity(manifest):
+    return {entry.part: entry.value for entry in manifest.parity}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [{}, {"form": "gptq_v2", "symmetric": False}, {"ordered": True}],
+    ids=["v1", "v2 asymmetric", "act-order"],
+)
+def test_a_gptq_checkpoint_is_built_bit_for_bit(plain, tmp_path, made):
+    source = _gptq(plain, tmp_path / "gptq", **made)
+    manifest = build_bundle(source, tmp_path / "out", activations="float")
+    record = manifest.quantization
+    assert (record.method, record.group, record.lm_head) == ("gptq", 64, "dense")
+    assert record.symmetric == made.get("symmetric", True)
+    assert record.act_order == made.get("ordered", False)
+    assert _parity(manifest)["logits"] < 1e-5
+    assert read_manifest(tmp_path / "out") == manifest
+
+
+def test_rounded_weights_and_head_are_held_to_their_integers(plain, tmp_path):
+    out = tmp_path / "out"
+    manifest = build_bundle(
+        plain,
+        out,
+        vision_tower=plain / "clip",
+        weights="int4-rtn",
+        group=32,
+        lm_head="int8",
+        activations="float",
+    )
+    assert manifest.quantization.method == "rtn"
+    assert _parity(manifest)["logits"] < 1e-5
+    dense = 4 * sum(n * k for n, k in linear_shapes(_config(plain).language).values())
+    stored = manifest.files["language.onnx.data"].bytes
+    assert stored < dense / 4 + 32000 * 256 * 1.2 + 2 * 4096 * 64 * 4 + 2e6
+    assert check_bundle(out, checkpoint=plain).ok
+
+
+def test_int8_activations_have_a_wider_limit(plain, tmp_path):
+    manifest = build_bundle(plain, tmp_path / "out", vision_tower=plain / "clip", weights="int4-rtn")
+    assert manifest.quantization.group == 64
+    (logits,) = (entry for entry in manifest.parity if entry.part == "logits")
+    assert 1e-3 < logits.value < logits.limit == 0.1
+
+
+def test_what_is_chosen(plain, tmp_path):
+    config = _config(plain).language
+    dense, gptq = open_checkpoint(plain), open_checkpoint(_gptq(plain, tmp_path / "gptq"))
+    assert resolve(dense, config, WeightOptions()) is None
+    assert resolve(gptq, config, WeightOptions("dense")) is None
+    assert resolve(gptq, config, WeightOptions()).method == "gptq"
+    head = resolve(dense, config, WeightOptions(lm_head="int4"))
+    assert (head.method, head.lm_head) == (None, "int4")
+    view = as_stored(dense, config, head)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(view.tensor(name), dense.tensor(name))
+    assert not torch.equal(
+        view.tensor("lm_head.weight", torch.float32), dense.tensor("lm_head.weight", torch.float32)
+    )
+    for checkpoint, options, message in (
+        (dense, WeightOptions("int4"), "not quantized; make a GPTQ checkpoint with `uhd-export quantize`"),
+        (gptq, WeightOptions("int4-rtn"), "is quantized already"),
+        (gptq, WeightOptions("int4", 32), "the checkpoint's own groups are kept"),
+        (dense, WeightOptions("int4-rtn", 48), "group size 48"),
+    ):
+        with pytest.raises(UhdError, match=message):
+            resolve(checkpoint, config, options)
+
+
+@pytest.mark.parametrize("option", ["weights", "lm_head", "activations"])
+def test_options_out_of_range_are_named(option):
+    with pytest.raises(UhdError, match=f"{option} 'int3': must be one of"):
+        WeightOptions(**{option: "int3"})
+
+
+REPORT = {
+    "settings": {"asked": {"source": "here", "samples": 4}},
+    "calibration_tokens": 1000,
+    "held_out_tokens": 100,
+    "bytes_before": 4000,
+    "bytes_after": 1000,
+    "mean_rtn_error": 8e-3,
+    "mean_gptq_error": 4e-3,
+    "rtn": {"kl": 0.2, "agreement": 0.75, "tokens": 32},
+    "gptq": {"kl": 0.1, "agreement": 0.875, "tokens": 32},
+    "accuracy": {"questions": 20, "exact": {"before": 20, "rtn": 18, "gptq": 19}},
+    "fallbacks": [],
+    "linears": [
+        {"layer": i, "module": "mlp.up_proj", "samples": 9, "rtn_error": 8e-3, "gptq_error": i * 1e-3}
+        for i in range(9)
+    ],
+}
+
+
+def test_the_quality_report_goes_along_and_is_printed(plain, tmp_path):
+    source = _gptq(plain, tmp_path / "gptq")
+    (source / QUALITY).write_text(json.dumps(REPORT))
+    manifest = build_bundle(source, tmp_path / "out", verify=False)
+    assert QUALITY in manifest.files
+    console = Console(width=200, record=True, quiet=False)
+    print_quality(tmp_path / "out", manifest, console)
+    text = console.export_text()
+    assert "rounded to nearest 8.00e-03, GPTQ 4.00e-03 (50% less)" in text
+    assert "KL divergence 1.00e-01, same likeliest token at 87.5% of 32" in text
+    assert "before 100.0%, rtn 90.0%, gptq 95.0%" in text
+    assert text.index("layers.8.mlp.up_proj") < text.index("layers.4.mlp.up_proj")
+    assert "layers.3." not in text
+    (tmp_path / "out" / QUALITY).write_text("{}")
+    with pytest.raises(UhdError, match="not a quality report"):
+        print_quality(tmp_path / "out", manifest, console)
+    manifest.files.clear()
+    manifest.files["x"] = FileRecord(0, "")
+    print_quality(tmp_path / "out", manifest, console)
+
+
+CALIBRATION = {"data": None, "image_root": None, "samples": 4, "length": 256, "seed": 0}
+IMAGES = dict.fromkeys(("layout", "mask", "resize", "vision_tower", "config"))
+IMAGES |= {"grid": "selective", "max_slices": 9, "boxes": "exact"}
+OPTIONS = {"weights": "int4", "group": None, **CALIBRATION, **IMAGES}
+
+
+def test_build_takes_a_quantized_source_or_one_made_before(plain, tmp_path, monkeypatch):
+    made, calls = tmp_path / "out-gptq", []
+    gptq = _gptq(plain, tmp_path / "gptq")
+    assert quantized_source(str(plain), tmp_path / "out", OPTIONS | {"weights": "auto"}) == str(plain)
+    assert quantized_source(str(gptq), tmp_path / "out", dict(OPTIONS)) == str(gptq)
+
+    def record(source, output, *settings):
+        calls.append(settings)
+        output.mkdir()
+        asked = json.dumps({"settings": {"asked": settings[2]["asked"]}})
+        (output / QUALITY).write_text(asked)
+
+    monkeypatch.setattr("calibration.command._quantize", record)
+    options = dict(OPTIONS)
+    assert quantized_source(str(plain), tmp_path / "out", options) == str(made)
+    assert {"data", "samples", "length", "seed", "image_root"}.isdisjoint(options)
+    assert quantized_source(str(plain), tmp_path / "out", dict(OPTIONS)) == str(made)
+    assert len(calls) == 1
+    with pytest.raises(UhdError, match="out-gptq: is of another samples; delete it"):
+        quantized_source(str(plain), tmp_path / "out", OPTIONS | {"samples": 8})
+
+
+def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("calibration.command._quantize", lambda *arguments: seen.append(arguments))
+    arguments = [
+        "nano",
+        "-o",
+        str(tmp_path / "out"),
+        "--group-size",
+        "64",
+        "--asym",
+        "--samples",
+        "9",
+        "--eval",
+        "3",
+    ]
+    result = CliRunner().invoke(quantize, arguments)
+    assert result.exit_code == 0, result.output
+    (source, output, gptq, sequences, options) = seen[0]
+    assert (source, output) == ("nano", tmp_path / "out")
+    assert gptq == {"group": 64, "symmetric": False, "act_order": False, "damp": 0.05}
+    assert sequences == {"samples": 9, "held_out": 8, "length": 2048, "seed": 0}
+    assert options["questions"] == 3
+
+
+def test_a_plain_checkpoint_stays_plain(plain):
+    assert type(open_checkpoint(plain)) is Checkpoint

@@ -1,0 +1,104 @@
+"""Ahead-of-time compilation of the kernels, without a GPU."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from plugins import compile as aot
+from plugins.jbu import launch as jbu
+from runtime.errors import UhdError
+
+# Most dynamic shared memory of a block, in bytes, by compute capability (CUDA programming guide).
+SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+
+
+def small_request(capability=89, **changes):
+    launches, _ = jbu.plan(1, 4, 4, 16, "float16")
+    request = aot.Request.of("jbu", launches[0], aot.types(launches[0].tensors, "float16"), capability)
+    return dataclasses.replace(request, **changes)
+
+
+def test_every_kernel_compiles_for_every_target_at_real_size():
+    rows = aot.report(["float16"])
+    assert {row["sm"] for row in rows} == set(aot.TARGETS)
+    assert {row["kernel"] for row in rows} == {
+        "range_features",
+        "jbu_stage",
+        "window_scores",
+        "window_mixing",
+    }
+    for row in rows:
+        assert row["shared"] <= SHARED[row["sm"]], row
+        assert row["registers"] * 32 * row["warps"] <= 65536, row
+        # JBU is held to 128 registers and spills four of them on sm_120.
+        assert row["spilled"] <= (16 if row["kernel"] == "jbu_stage" else 0), row
+        if row["kernel"] == "jbu_stage":  # two programs fit a core
+            assert 2 * row["registers"] * 32 * row["warps"] <= 65536
+            assert 2 * row["shared"] <= SHARED[row["sm"]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_types_fit_small_gpus(dtype):
+    assert all(row["shared"] <= SHARED[89] for row in aot.report([dtype], [89]))
+
+
+def test_channel_loops_move_16_bytes_at_a_time():
+    for op, launches in aot.real_size("float16").items():
+        for launch in launches:
+            request = aot.Request.of(op, launch, aot.types(launch.tensors, "float16"), 89)
+            (kernel,) = aot.compile_kernels([request])
+            copies = re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10\b", kernel.ptx)
+            assert launch.kernel == "range_features" or len(copies) >= 2, launch.kernel
+            assert "st.global.v4.b32" in kernel.ptx
+
+
+def test_results_are_kept_and_follow_the_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (kernel,) = aot.compile_kernels([small_request()])
+    assert kernel.name == "range_features" and f".target sm_{kernel.capability}" in kernel.ptx
+    assert kernel.nulls == kernel.ptx.count(".param .u64") - 6  # five weights and maps in, one out
+    (path,) = (tmp_path / "uhd-export" / "kernels").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"registers": -1}))
+    assert aot.compile_kernels([small_request()])[0].registers == -1
+    other = small_request(warps=8)
+    assert other.key() != small_request().key()
+
+
+def test_key_follows_the_kernel_source(tmp_path, monkeypatch):
+    key = small_request().key()
+    (tmp_path / "jbu").mkdir()
+    for name in ("tiles.py", "compile_worker.py", "jbu/kernel.py"):
+        (tmp_path / name).write_bytes((aot.FOLDER / name).read_bytes())
+    monkeypatch.setattr(aot, "FOLDER", tmp_path)
+    assert small_request().key() == key
+    (tmp_path / "tiles.py").write_bytes(b"# changed\n")
+    assert small_request().key() != key
+
+
+def test_what_the_compiler_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(
+        UhdError, match=r"kernel range_features for sm_89: not compiled: .*PRECISION"
+    ) as caught:
+        aot.compile_kernels([small_request(constants=())])
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "uhd-export" / "kernels").iterdir())
+
+
+def test_without_triton(monkeypatch):
+    def missing(name):
+        raise aot.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(aot.importlib.metadata, "version", missing)
+    with pytest.raises(UhdError, match="pip install triton"):
+        small_request().key()
+
+
+def test_command_prints_json():
+    command = [sys.executable, "-m", "plugins.compile", "--dtype", "float16", "--target", "89", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert rows == aot.report(["float16"], [89])

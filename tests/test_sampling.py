@@ -1,0 +1,111 @@
+"""Sampling: what is kept, in which proportions, and repeatably."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from runtime.errors import UhdError
+from runtime.sampling import Sampling, greedy, probabilities, sample
+
+LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32))
+TEMPERATURES = st.floats(0.05, 5)
+TOP_K = st.integers(0, 50)
+TOP_P = st.floats(0.01, 1)
+
+
+@given(LOGITS, TEMPERATURES, TOP_K, TOP_P)
+def test_probabilities_sum_to_one_and_keep_the_best(logits, temperature, top_k, top_p):
+    p = probabilities(logits, Sampling(temperature, top_k, top_p))
+    assert p.shape == logits.shape and p.dtype == np.float64
+    assert p.sum() == pytest.approx(1) and (p >= 0).all()
+    assert p[greedy(logits)] == p.max() > 0
+    kept = p > 0
+    if (~kept).any():
+        dropped_with_weight = logits[~kept]
+        assert logits[kept].min() >= dropped_with_weight.max()
+
+
+@given(LOGITS, TEMPERATURES)
+def test_without_filters_it_is_the_softmax(logits, temperature):
+    wide = logits.astype(np.float64)
+    expected = np.exp((wide - wide.max()) / temperature)
+    np.testing.assert_allclose(
+        probabilities(logits, Sampling(temperature)), expected / expected.sum(), atol=1e-9
+    )
+
+
+@given(LOGITS, st.integers(1, 50))
+def test_top_k_keeps_exactly_k(logits, k):
+    p = probabilities(logits, Sampling(10.0, top_k=k))
+    assert np.count_nonzero(p) == min(k, logits.size)
+
+
+@given(LOGITS, TEMPERATURES, TOP_P)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, temperature, top_p):
+    full = probabilities(logits, Sampling(temperature))
+    kept = probabilities(logits, Sampling(temperature, top_p=top_p)) > 0
+    mass = full[kept].sum()
+    assert mass >= top_p - 1e-9
+    if kept.sum() > 1:
+        assert mass - full[kept].min() < top_p + 1e-9
+
+
+@given(LOGITS, TEMPERATURES, TOP_K, TOP_P, st.integers(0, 2**32))
+def test_a_seed_repeats_and_the_token_is_a_kept_one(logits, temperature, top_k, top_p, seed):
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    first, second = sampling.generator(), sampling.generator()
+    tokens = [sample(logits, sampling, first) for _ in range(5)]
+    assert tokens == [sample(logits, sampling, second) for _ in range(5)]
+    assert (probabilities(logits, sampling)[tokens] > 0).all()
+
+
+@given(LOGITS)
+def test_greedy_needs_no_randomness(logits):
+    generator = np.random.default_rng(0)
+    before = generator.bit_generator.state
+    assert sample(logits, Sampling(), generator) == greedy(logits) == int(logits.argmax())
+    assert generator.bit_generator.state == before
+    assert probabilities(logits, Sampling())[greedy(logits)] == 1
+
+
+def test_frequencies_follow_the_probabilities():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    sampling = Sampling(1.0, top_k=3, seed=0)
+    generator = sampling.generator()
+    counts = np.bincount([sample(logits, sampling, generator) for _ in range(20_000)], minlength=4)
+    np.testing.assert_allclose(counts / counts.sum(), probabilities(logits, sampling), atol=0.01)
+    assert counts[3] == 0
+
+
+def test_the_last_kept_token_is_the_highest_draw():
+    class Highest:
+        def random(self):
+            return np.nextafter(1.0, 0.0)
+
+    logits = np.array([0.1, 0.7, 0.2, -1e9, -1e9], np.float32)
+    assert sample(logits, Sampling(1.0, top_k=3), Highest()) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-3])
+def test_a_tiny_temperature_is_nearly_greedy(temperature):
+    logits = np.array([1.0, 2.0, -1e4], np.float32)
+    assert probabilities(logits, Sampling(temperature)).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("seed", -1),
+    ],
+)
+def test_bad_settings_name_their_field(field, value):
+    with pytest.raises(UhdError, match=f"^{field}: "):
+        Sampling(**{field: value})
