@@ -1,0 +1,252 @@
+"""Everything that only a GPU can show, in one JSON object: correctness first, then times.
+
+- `kernels`: JBU and window attention against their references, and their time over the roofline's floor;
+- `vision`: a 1008x672 image (7 crops, ViT-L/14, D = 4096, float16), folded with kernels, against the
+  released computation in eager PyTorch and under torch.compile, by stage, and over the ViT's own products;
+- `vision_engines`: the same graph in TensorRT, with plugins and without, and in ONNX Runtime's CUDA provider;
+- `decode`: an int4 model of Vicuna-7B's size, a token over its bandwidth floor, in both.
+
+Random weights. Needs a CUDA GPU and PyTorch built for it; what else is missing is named under its part.
+
+    python benchmarks/gpu.py [--part kernels] [--layers 32] [--repeats 20] [--json FILE]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PARTS = ("kernels", "vision", "vision_engines", "decode")
+MISSING = 2
+DEVICE = "cuda"
+LIMIT = 5e-2  # relative error of float16 against float32
+CONTEXT, PROMPT, STEPS = 2048, 1066, 64
+
+
+class Wrong(Exception):
+    """A result that differs from its reference: no time is reported for it."""
+
+
+def require(what: str, error: float, limit: float = LIMIT) -> float:
+    """`error`, or Wrong where it is over `limit` (or not a number)."""
+    if not error < limit:
+        raise Wrong(f"{what}: relative error {error:.1e}, over the limit of {limit:.0e}")
+    return error
+
+
+def relative(actual: Sequence, expected: Sequence) -> float:
+    """The largest |a - b| / |b| of pairs of arrays or tensors."""
+    import numpy as np
+
+    pairs = [[np.asarray(part, np.float64) for part in pair] for pair in zip(actual, expected, strict=True)]
+    return float(max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs))
+
+
+def wall(run: Callable[[], object], repeats: int) -> float:
+    """Median seconds of `run`, which returns when the work is done."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_kernels(options: argparse.Namespace, machine: dict) -> dict:
+    """benchmarks/kernels.py in float16."""
+    import kernels
+    import torch
+
+    device = kernels.find_device(machine["gpu"])
+    cases = kernels.cases(torch.float16)
+    rows = [kernels.measure(case, "float16", device, options.repeats) for case in cases]
+    return {"floor_of": device.name, "cases": rows}
+
+
+def measure_vision(options: argparse.Namespace, machine: dict) -> dict:
+    """Stages and whole, in milliseconds, for the whole image."""
+    import gpu_vision
+    import kernels
+    import torch
+    from random_checkpoint import write_checkpoint
+
+    from plugins.roofline import CROPS
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_checkpoint(Path(folder))
+        expected = exact_tokens(checkpoint, CROPS)
+        kinds = {"eager": gpu_vision.Released, "compiled": gpu_vision.Compiled, "ours": gpu_vision.Ours}
+        result: dict = {"crops": CROPS}
+        for name, kind in kinds.items():
+            model = kind(checkpoint, DEVICE, torch.float16)
+            batches = [model.batch(shape) for shape in CROPS]
+            tokens = [model.encode(batch).float().cpu() for batch in batches]
+            error = require(f"vision, {name}", relative(tokens, expected))
+            result[name] = {"error": error, **stages(model, batches, options.repeats)}
+            if name == "ours":
+                products = [gpu_vision.vit_products(model, batch) for batch in batches]
+                run = lambda p=products: [one() for one in p]  # noqa: E731
+                result["vit_products_ms"] = kernels.milliseconds(run, options.repeats)["median"]
+            del model, batches
+            torch.cuda.empty_cache()
+    ours, eager = result["ours"], result["eager"]
+    result["projector_speedup"] = sum(eager[s] for s in ("jbu_ms", "hiwin_ms")) / sum(
+        ours[s] for s in ("jbu_ms", "hiwin_ms")
+    )
+    result["vision_speedup"] = eager["all_ms"] / ours["all_ms"]
+    result["over_vit_products"] = ours["all_ms"] / result["vit_products_ms"]
+    return result
+
+
+def stages(model: object, batches: list, repeats: int) -> dict:
+    """Median milliseconds of each stage over all batches, and of the whole."""
+    import kernels
+
+    features = [model.vit(batch) for batch in batches]
+    maps = [model.jbu(f, batch) for f, batch in zip(features, batches, strict=True)]
+    runs = {
+        "vit": lambda: [model.vit(batch) for batch in batches],
+        "jbu": lambda: [model.jbu(f, batch) for f, batch in zip(features, batches, strict=True)],
+        "hiwin": lambda: [model.hiwin(m, batch) for m, batch in zip(maps, batches, strict=True)],
+        "all": lambda: [model.encode(batch) for batch in batches],
+    }
+    return {f"{name}_ms": kernels.milliseconds(run, repeats)["median"] for name, run in runs.items()}
+
+
+def measure_vision_engines(options: argparse.Namespace, machine: dict) -> dict:
+    """The exported graph in each engine, or why not."""
+    import gpu_engines
+    import torch
+    from random_checkpoint import write_checkpoint
+
+    from plugins.roofline import CROPS
+    from uhd_export.checkpoint import Checkpoint, read_config
+    from uhd_export.vision_graph import emit_vision
+
+    capability = machine["capability"]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_checkpoint(Path(folder))
+        config, graph = read_config(checkpoint), Path(folder) / "vision.onnx"
+        emit_vision(config, Checkpoint(checkpoint), graph, dtype="float16")
+        expected = exact_tokens(checkpoint, CROPS)
+        torch.cuda.empty_cache()
+
+        def tensorrt(plugins: bool) -> Callable:
+            engine = gpu_engines.vision_engine(graph, config, capability, plugins=plugins)
+            return gpu_engines.tensorrt_encode(engine, CROPS)
+
+        made = {
+            "tensorrt_plugins": lambda: tensorrt(True),
+            "tensorrt_plain": lambda: tensorrt(False),
+            "onnxruntime_cuda": lambda: gpu_engines.onnxruntime_encode(graph, CROPS),
+        }
+        result = {}
+        for name, make in made.items():
+            try:
+                run = make()
+            except gpu_engines.Unavailable as reason:
+                result[name] = {"not_measured": str(reason)}
+                continue
+            error = require(f"vision, {name}", relative(run(fetch=True), expected))
+            result[name] = {"error": error, "all_ms": 1e3 * wall(run, options.repeats)}
+    return result
+
+
+def exact_tokens(checkpoint: Path, shapes: Sequence[tuple[int, int, int]]) -> list:
+    """Tokens of the released computation in float32."""
+    import gpu_vision
+    import torch
+
+    exact = gpu_vision.Released(checkpoint, DEVICE, torch.float32)
+    return [exact.encode(exact.batch(shape)).float().cpu() for shape in shapes]
+
+
+def measure_decode(options: argparse.Namespace, machine: dict) -> dict:
+    """A token's time over the time that reading weights and cache once takes."""
+    import gpu_engines
+    import kernels
+    from decode_runners import llama_config
+    from random_checkpoint import VICUNA_7B
+
+    fields = {**VICUNA_7B, "num_hidden_layers": options.layers, "max_position_embeddings": CONTEXT}
+    config, bandwidth = llama_config(fields), kernels.find_device(machine["gpu"]).bandwidth
+    result: dict = {"layers": options.layers, "prompt": PROMPT, "context": CONTEXT}
+    for kind in ("tensorrt", "onnxruntime"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                error = gpu_engines.language_error(config, folder, kind, machine["capability"])
+                error = require(f"decode, {kind}", error)
+                engine, _ = gpu_engines.language_engine(config, folder, kind, machine["capability"], CONTEXT)
+            except gpu_engines.Unavailable as reason:
+                result[kind] = {"not_measured": str(reason)}
+                continue
+            with engine:
+                times = gpu_engines.decode_times(engine, config, CONTEXT, PROMPT, STEPS)
+                # Positions in use while decoding, of those that the cache has room for.
+                cache = times["kv_bytes"] * (PROMPT + STEPS / 2) / CONTEXT
+                floor = (engine.weight_bytes + cache) / bandwidth
+                result[kind] = {
+                    "error": error,
+                    "weight_bytes": engine.weight_bytes,
+                    **times,
+                    "floor_seconds": floor,
+                    "over_floor": times["step_seconds"] / floor,
+                }
+    return result
+
+
+def describe_machine() -> dict:
+    """What the figures were taken on."""
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+    }
+
+
+def main() -> None:
+    """Measure the parts asked for; print one JSON object, the last line of the output."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--layers", type=int, default=32, help="layers of the decode model; 32 is Vicuna-7B")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the result here, after each part")
+    options = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        torch = None
+    if torch is None or not torch.cuda.is_available():
+        print("benchmarks/gpu.py: not measured: no CUDA GPU that PyTorch can use is at hand", file=sys.stderr)
+        sys.exit(MISSING)
+    torch.set_grad_enabled(False)
+    result: dict = {"machine": describe_machine()}
+    for part in options.part or PARTS:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        try:
+            result[part] = globals()[f"measure_{part}"](options, result["machine"])
+        except Wrong as error:
+            sys.exit(f"benchmarks/gpu.py: {error}")
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The GPU kernels at real size: against their references first, then against the roofline and PyTorch.
+
+For each op and each batch of equal crops of a 1008x672 image: the kernel's error, then the median time
+of the kernel, of the reference in eager PyTorch and under torch.compile, and the kernel's time over its
+floor (`plugins.roofline`, from the data sheet where the GPU is known, else from a measured copy). The
+L2 cache is flushed before every run. Needs a CUDA GPU and PyTorch built for it.
+
+    python benchmarks/kernels.py [--dtype float16] [--repeats 30] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from plugins.jbu import torch_op as jbu
+from plugins.jbu.launch import INPUTS
+from plugins.roofline import (
+    CHANNELS,
+    CROPS,
+    KNOWN_DEVICES,
+    QUERIES,
+    SCALES,
+    SIDE,
+    Device,
+    Work,
+    jbu_work,
+    window_work,
+)
+from plugins.window_attention import torch_op as window
+from plugins.window_attention.launch import LevelShape
+from plugins.window_attention.reference import Level
+from runtime.geometry import bicubic, crop_geometry, reflect_pad
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # |a - b| / |b|
+FLUSH_BYTES = 256 << 20
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Tensors = list[torch.Tensor]
+
+
+class Case(NamedTuple):
+    """One call of one op: what to call, what it must equal, and what it must do at least."""
+
+    name: str
+    kernel: Callable[..., Tensors]
+    eager: Callable[..., Tensors]
+    inputs: Tensors
+    work: Work
+
+
+def jbu_kernel(*inputs: torch.Tensor) -> Tensors:
+    """The custom op, as a list."""
+    return [torch.ops.uhd.jbu(*inputs)]
+
+
+def jbu_eager(*inputs: torch.Tensor) -> Tensors:
+    """The reference: what the released code computes."""
+    return [jbu.reference(*inputs)]
+
+
+def window_kernel(query_position: torch.Tensor, *levels: torch.Tensor) -> Tensors:
+    """The custom op."""
+    return torch.ops.uhd.window_attention(query_position, list(levels), 4)
+
+
+def window_eager(query_position: torch.Tensor, *levels: torch.Tensor) -> Tensors:
+    """The reference: pool, score, mix."""
+    return window.reference_outputs(query_position, list(levels), 4)
+
+
+def jbu_case(batch: int, rows: int, cols: int, channels: int, dtype: torch.dtype, device: str) -> Case:
+    """A stage with random weights of about unit gain."""
+    made = torch.Generator().manual_seed(rows)
+
+    def normal(*shape: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=made) * gain
+
+    values = {
+        "source": normal(batch, rows, cols, channels),
+        "guidance": normal(batch, 2 * rows, 2 * cols, 3),
+        "range_in_weight": normal(3, 32),
+        "range_in_bias": normal(32),
+        "range_out_weight": normal(32, 32, gain=32**-0.5),
+        "range_out_bias": normal(32),
+        "range_temp": torch.tensor(-1.0),
+        "sigma_spatial": torch.tensor(0.7),
+        "fixup_in_weight": normal(52, 49, gain=52**-0.5),
+        "fixup_in_bias": normal(49),
+        "fixup_out_weight": normal(49, 49, gain=49**-0.5),
+        "fixup_out_bias": normal(49),
+        "upsample_y": torch.tensor(reflect_pad(bicubic(2 * rows, rows), 3)),
+        "upsample_x": torch.tensor(reflect_pad(bicubic(2 * cols, cols), 3)),
+    }
+    inputs = [values[name].to(device, dtype) for name in INPUTS]
+    name = f"jbu {batch}x{rows}x{cols} to {2 * rows}x{2 * cols}"
+    return Case(name, jbu_kernel, jbu_eager, inputs, jbu_work(batch, rows, cols, channels))
+
+
+def window_case(
+    batch: int, rows: int, cols: int, channels: int, queries: int, side: int, dtype: torch.dtype, device: str
+) -> Case:
+    """All levels of `batch` equal crops, with random features and queries."""
+    made = torch.Generator().manual_seed(rows)
+    geometry = crop_geometry(rows, cols, levels=SCALES, side=side)
+    windows, levels, shapes = side * side, [], []
+    for scale in SCALES:
+        names = (f"{n}_{scale}x_{axis}" for n in ("roi", "window_position") for axis in "yx")
+        matrices = [torch.tensor(geometry[name]) for name in names]
+        levels += Level(
+            torch.randn(batch, rows * scale, cols * scale, channels, generator=made),
+            torch.rand(batch, rows * scale, cols * scale, generator=made) + 0.5,
+            *matrices,
+            torch.randn(windows, channels, queries, generator=made) * channels**-0.5,
+            torch.randn(windows, queries, generator=made),
+            torch.randn(windows, queries, generator=made),
+        )
+        shapes.append(LevelShape(rows * scale, cols * scale, matrices[0].shape[1], matrices[1].shape[1]))
+    query_position = torch.randn(windows, queries, windows, generator=made)
+    work = window_work(shapes, batch=batch, side=side, queries=queries, channels=channels)
+    inputs = [tensor.to(device, dtype) for tensor in (query_position, *levels)]
+    return Case(f"window attention {batch}x{rows}x{cols}", window_kernel, window_eager, inputs, work)
+
+
+def cases(dtype: torch.dtype, device: str = "cuda") -> list[Case]:
+    """Every call that one 1008x672 image needs."""
+    made = []
+    for batch, rows, cols in CROPS:
+        for scale in SCALES[:-1]:
+            made.append(jbu_case(batch, rows * scale, cols * scale, CHANNELS, dtype, device))
+        made.append(window_case(batch, rows, cols, CHANNELS, QUERIES, SIDE, dtype, device))
+    return made
+
+
+def error(case: Case) -> float:
+    """The largest |kernel - reference| / |reference| of the outputs, the reference in float32."""
+    actual = case.kernel(*case.inputs)
+    expected = case.eager(*(tensor.float() for tensor in case.inputs))
+    pairs = zip(actual, expected, strict=True)
+    return max(((a.float() - e).norm() / e.norm()).item() for a, e in pairs)
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median, least and most time of `call` on the GPU, its inputs no longer in the L2 cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+
+
+def find_device(name: str) -> Device:
+    """Data-sheet figures of the GPU called `name`, or its measured copy bandwidth and no bound on FLOPs."""
+    for device in KNOWN_DEVICES:
+        if device.name.split()[-1].lower() in name.lower():
+            return device
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    copied = milliseconds(source.clone, 10)["median"]
+    return Device(f"{name} (measured copy)", 2 * source.numel() / copied * 1e3, float("inf"))
+
+
+def measure(case: Case, dtype: str, device: Device, repeats: int) -> dict:
+    """One row: error, times, and the kernel's time over its floor. Exits where the kernel is wrong."""
+    off = error(case)
+    if not off < TOLERANCE[dtype]:
+        raise SystemExit(
+            f"{case.name}: differs from the reference by {off:.1e}, more than {TOLERANCE[dtype]:.0e}"
+        )
+    compiled = torch.compile(case.eager)
+    calls = {"kernel": case.kernel, "eager": case.eager, "compiled": compiled}
+    times = {name: milliseconds(lambda c=call: c(*case.inputs), repeats) for name, call in calls.items()}
+    floor = 1e3 * case.work.floor(device, case.inputs[0].element_size())
+    return {
+        "case": case.name,
+        "error": off,
+        "floor_ms": floor,
+        "over_floor": times["kernel"]["median"] / floor,
+        **{f"{name}_ms": time for name, time in times.items()},
+        "speedup_eager": times["eager"]["median"] / times["kernel"]["median"],
+        "speedup_compiled": times["compiled"]["median"] / times["kernel"]["median"],
+    }
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py needs a CUDA GPU and PyTorch built for CUDA; none is at hand")
+    torch.set_grad_enabled(False)
+    name = torch.cuda.get_device_name()
+    device = find_device(name)
+    rows = [measure(c, arguments.dtype, device, arguments.repeats) for c in cases(DTYPES[arguments.dtype])]
+    result = {
+        "machine": name,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "floor_of": device.name,
+        "dtype": arguments.dtype,
+        "torch": torch.__version__,
+        "cases": rows,
+    }
+    text = json.dumps(result)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
