@@ -11,6 +11,7 @@ import click
 
 from calibration.command import image_options, quantize, quantized_source, weight_options
 from runtime.errors import UhdError, explain
+from runtime.interrupts import handle_interrupts, interrupted
 
 if TYPE_CHECKING:
     from runtime import Pipeline
@@ -24,6 +25,7 @@ class OneLineErrors(click.Group):
     def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
         """Run, and exit with 0, 1 (a defect of the program), 2 (failed) or 130 (interrupted)."""
         args = sys.argv[1:] if args is None else list(args)
+        handle_interrupts()
         try:
             code = super().main(args, *rest, **{**options, "standalone_mode": False})
             sys.exit(code if isinstance(code, int) else 0)
@@ -36,7 +38,7 @@ class OneLineErrors(click.Group):
             hint = f"; see `{error.ctx.command_path} --help`" if getattr(error, "ctx", None) else ""
             line, code = " ".join(error.format_message().split()).rstrip(".") + hint, FAILED
         except Exception as error:
-            line, code = explain(error), FAILED
+            line, code = ("interrupted", INTERRUPTED) if interrupted() else (explain(error), FAILED)
             if line is None or "--debug" in args:
                 traceback.print_exc()
             if line is None:

@@ -3,10 +3,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -244,19 +240,3 @@ def test_check_reports_what_is_out_of_tolerance(golden_bundle, monkeypatch):
         report, measured=(), manifest=dataclasses.replace(report.manifest, parity=(bad,))
     )
     assert not again.ok
-
-
-def test_sigint_leaves_nothing(spoken_checkpoint, tmp_path):
-    out = tmp_path / "out"
-    code = (
-        "from uhd_export.build import build_bundle\n"
-        f"source, out = {str(spoken_checkpoint)!r}, {str(out)!r}\n"
-        "build_bundle(source, out, vision_tower=source + '/clip')"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*/vision.onnx")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert b"KeyboardInterrupt" in process.communicate()[1]
-    assert leftovers(tmp_path) == []

@@ -10,6 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 import uhd_export.build as build
 import uhd_export.check as check
 import uhd_export.nano.evaluate as evaluate
@@ -108,14 +110,15 @@ def test_profile_as_json(call, golden_bundle):
 # Processes: what only a real one shows
 
 
-def test_ctrl_c_leaves_nothing(spoken_checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_build_leaves_nothing(spoken_checkpoint, tmp_path, name):
     out = tmp_path / "out"
     running = process("build", spoken_checkpoint, "-o", out, "--vision-tower", spoken_checkpoint / "clip")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*/language.onnx")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert leftovers(tmp_path), running.communicate()
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal.Signals[name])
     _, errors = running.communicate(timeout=60)
     assert (running.returncode, errors.strip()) == (130, "error: interrupted")
     assert leftovers(tmp_path) == []

@@ -154,11 +154,12 @@ def test_version():
 
 
 def test_interrupt_of_the_real_process_ends_with_130(tmp_path):
-    """A command that waits, interrupted as the terminal would do it."""
+    """A command that waits, interrupted as the terminal would do it, in code that replaces the exception."""
     script = tmp_path / "wait.py"
     script.write_text(
         "import time\nfrom cli import main\n\n@main.command()\ndef wait():\n"
-        "    print('ready', flush=True)\n    time.sleep(60)\n\nmain(['wait'])\n"
+        "    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n        raise ValueError('lost') from None\n\nmain(['wait'])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
