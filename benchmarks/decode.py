@@ -7,8 +7,10 @@ up to a quarter. Ratios are medians of the ratios of runs taken in the same turn
 
     python benchmarks/decode.py [--weights float32,float16,int4] [--rounds 4] [--json FILE]
 
-`--weights` may hold float32, float16 and int4 (round to nearest, groups of 32, head included). On a CPU ONNX
-Runtime multiplies float16 weights in float32, to which it expands them when it loads them.
+`--weights` may hold float32, float16 and int4: one GPTQ checkpoint in groups of 128, made here by our
+quantizer (it needs the extra gptq), that both engines read; its head, which is not quantized there, each
+engine rounds to 4 bits in groups of 32. On a CPU ONNX Runtime multiplies float16 weights in float32, to which
+it expands them when it loads them.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 OURS, TRANSFORMERS, GENAI = runners.RUNNERS
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai")
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gptqmodel")
 
 
 def serve(kind: type, arguments: tuple, pipe: Connection) -> None:
@@ -85,7 +87,7 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
         "max_position_embeddings": 4096,
     }
     kinds = [(name, weights) for weights in options.weights.split(",") for name in engines_for(weights)]
-    task = progress.add_task("write", total=2 + len(kinds) * (3 + 2 * (options.rounds + 1)))
+    task = progress.add_task("write", total=3 + len(kinds) * (3 + 2 * (options.rounds + 1)))
 
     def note(text: str) -> None:
         progress.update(task, description=text, advance=1)
@@ -94,6 +96,9 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
     emission = apart(runners.emit_wide, folder)
     note("write the checkpoint")
     apart(runners.write_model, folder, size)
+    if "int4" in options.weights.split(","):
+        note("quantize it by GPTQ")
+        apart(runners.quantize_model, folder, size)
     weight_bytes = {}
     for name, weights in kinds:
         note(f"build {name} {weights}")
@@ -174,7 +179,8 @@ def machine(threads: int) -> dict:
     info = Path("/proc/cpuinfo").read_text()
     name = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    versions = {p: metadata.version(p) for p in PACKAGES}
+    installed = {d.name for d in metadata.distributions()}
+    versions = {p: metadata.version(p) for p in PACKAGES if p in installed}
     return {
         "processor": f"{name}, {os.cpu_count()} cores",
         "memory_bytes": pages,

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHECKPOINT, EMBEDDINGS = "checkpoint", "embeddings.npy"
+CHECKPOINT, GPTQ, EMBEDDINGS = "checkpoint", "gptq", "embeddings.npy"
+# Groups of the GPTQ checkpoint, and of the head, which each engine rounds by itself.
+GROUP, HEAD_GROUP = 128, 32
 
 
 class Run(NamedTuple):
@@ -156,24 +158,55 @@ def write_model(folder: Path, size: dict[str, int]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder / CHECKPOINT)
 
 
+def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, length: int = 512) -> None:
+    """A GPTQ checkpoint of the model, made by our quantizer from its own embeddings of random ids."""
+    import torch
+
+    from calibration.activations import Activations
+    from calibration.gptq import Run
+    from calibration.sequences import Sequences
+    from calibration.solver import GptqOptions, library_version
+    from calibration.work import Work
+    from calibration.writer import quantization_config, write_checkpoint
+    from uhd_export.checkpoint import Checkpoint
+
+    checkpoint, config, options = Checkpoint(folder / CHECKPOINT), llama_config(size), GptqOptions(GROUP)
+    table = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
+    calibration, held = (
+        Activations(table[torch.randint(3, size["vocab_size"], (count,))], (length,) * (count // length))
+        for count in (tokens, length)
+    )
+    work = Work(folder / "work")
+    work.prepare({}, print)
+    states = Run.states_of(Sequences(calibration, held, (16,)))
+    Run(checkpoint, config, options, work, states, (16,)).quantize_layers(lambda: None)
+    settings = json.loads((folder / CHECKPOINT / "config.json").read_text())
+    settings["quantization_config"] = quantization_config(options, library_version())
+    (folder / GPTQ).mkdir()
+    write_checkpoint(checkpoint, settings, config, work, folder / GPTQ, lambda: None)
+
+
 def export_ours(folder: Path, weights: str, size: dict[str, int]) -> int:
     """Emit our graph from the checkpoint; bytes of the linear weights a step reads."""
     from uhd_export.checkpoint import Checkpoint
-    from uhd_export.int4 import MatMulNBits, RoundedWeights
+    from uhd_export.int4 import ByName, GptqCheckpoint, GptqWeights, MatMulNBits, RoundedWeights
     from uhd_export.language_graph import emit_language
 
-    linear = MatMulNBits(RoundedWeights(32)) if weights == "int4" else None
-    dtype = "float32" if weights == "int4" else weights
+    checkpoint, linear, dtype = Checkpoint(folder / CHECKPOINT), None, weights
+    if weights == "int4":
+        checkpoint, dtype = GptqCheckpoint(folder / GPTQ), "float32"
+        head = MatMulNBits(RoundedWeights(HEAD_GROUP))
+        linear = ByName(MatMulNBits(GptqWeights(checkpoint)), {"lm_head": head})
     path = folder / f"{weights}.onnx"
-    checkpoint = Checkpoint(folder / CHECKPOINT)
     emit_language(llama_config(size), checkpoint, path, dtype=dtype, linear=linear)
     return path.with_name(f"{path.name}.data").stat().st_size
 
 
 def export_genai(folder: Path, weights: str) -> None:
-    """Run genai's model builder on the checkpoint."""
+    """Run genai's model builder on the checkpoint, for int4 on the GPTQ one."""
+    source = folder / (GPTQ if weights == "int4" else CHECKPOINT)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local"]
-    command += ["-i", folder / CHECKPOINT, "-o", folder / f"genai-{weights}", "-c", folder / "cache"]
+    command += ["-i", source, "-o", folder / f"genai-{weights}", "-c", folder / "cache"]
     command += ["-p", GENAI_PRECISION[weights], "-e", "cpu"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:

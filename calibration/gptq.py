@@ -23,7 +23,7 @@ from calibration.work import Work
 from runtime.errors import UhdError
 from runtime.shapes import LanguageShape
 from uhd_export.checkpoint import Checkpoint
-from uhd_export.int4 import round_to_nearest
+from uhd_export.int4 import QuantizedWeight, round_to_nearest
 from uhd_export.int4.words import pack_gptq
 from uhd_export.language import DecoderLayer, RMSNorm
 
@@ -64,13 +64,14 @@ class Run:
         for index in range(self.next_layer, self.config.layers):
             seen, rtn_errors = self._rounded(runner, index)
             layer = load_layer(self.checkpoint, self.config, index)
-            tensors, records = {}, []
+            tensors, records, done = {}, [], {}
             for group in GROUPS:
                 dense = {name: layer.get_submodule(name).weight for name in group}
-                for name, solved in self._solve(runner, layer, group).items():
+                for name, solved in self._solve(runner, layer, group, done).items():
                     values = torch.from_numpy(solved.weight.dequantize())
                     error = output_error(seen[group[0]], dense[name], values)
                     layer.get_submodule(name).weight.data = values
+                    done[name] = solved.weight
                     records.append(self._record(index, name, solved, rtn_errors[name], error))
                     parts = pack_gptq(solved.weight)
                     tensors |= {f"model.layers.{index}.{name}.{part}": a for part, a in parts.items()}
@@ -104,13 +105,26 @@ class Run:
         runner.advance(layer, self.states[WITH_RTN])
         return seen, errors
 
-    def _solve(self, runner: LayerRunner, layer: DecoderLayer, group: tuple[str, ...]) -> dict[str, Solved]:
+    def _solve(
+        self,
+        runner: LayerRunner,
+        layer: DecoderLayer,
+        group: tuple[str, ...],
+        done: dict[str, QuantizedWeight],
+    ) -> dict[str, Solved]:
         calibration = self.states[CALIBRATION]
         linears = {name: layer.get_submodule(name) for name in group}
         solver = GroupSolver(linears, self.options, sum(calibration.lengths))
         for rows in runner.inputs(layer, calibration, group[0]):
             solver.add(rows)
-        return solver.solve()
+        # Solving takes the most memory, so the linears that are done wait as integers, a quarter of their
+        # size. The last group has the largest Hessian, and by then that is the rest of the layer.
+        for name in done:
+            layer.get_submodule(name).weight.data = torch.empty(0)
+        solved = solver.solve()
+        for name, weight in done.items():
+            layer.get_submodule(name).weight.data = torch.from_numpy(weight.dequantize())
+        return solved
 
     def _record(self, index: int, name: str, solved: Solved, rtn: float, gptq: float) -> LinearQuality:
         if not (math.isfinite(rtn) and math.isfinite(gptq)):
