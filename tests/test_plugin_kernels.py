@@ -86,16 +86,23 @@ def assert_close(actual, expected, dtype):
         assert relative(actual, expected) < HALF[dtype]
 
 
+def guarded(tensor):
+    """The same values with NaN behind them, so that what a kernel reads beyond its inputs shows."""
+    storage = torch.full((tensor.numel() + 4096,), torch.nan, dtype=tensor.dtype)
+    storage[: tensor.numel()] = tensor.flatten()
+    return storage[: tensor.numel()].view(tensor.shape)
+
+
 def check_jbu(inputs, dtype):
     """Kernel in `dtype` against the float32 reference on the same, rounded inputs."""
-    rounded = [tensor.to(dtype) for tensor in inputs.values()]
+    rounded = [guarded(tensor.to(dtype)) for tensor in inputs.values()]
     expected = torch.ops.uhd.jbu(*(tensor.float() for tensor in rounded))
     assert_close(jbu.launch(*rounded), expected, dtype)
 
 
 def check_window(query_position, levels, dtype, sets=4):
-    levels = [tensor.to(dtype) for tensor in levels]
-    query_position = query_position.to(dtype)
+    levels = [guarded(tensor.to(dtype)) for tensor in levels]
+    query_position = guarded(query_position.to(dtype))
     expected = torch.ops.uhd.window_attention(query_position.float(), [t.float() for t in levels], sets)
     actual = window.launch(query_position, levels, sets)
     for a, e in zip(actual, expected, strict=True):
@@ -174,6 +181,14 @@ def test_samples_beyond_the_map_weigh_nothing():
     # Windows smaller than a pixel are one pixel long, so the last samples fall outside: mass below one.
     query_position, levels = window_inputs(1, 3, 3, (1,), "fix", 4, 8, 1, boxes="bf16")
     assert levels[2].sum(-1).min() < 0.99
+    check_window(query_position, levels, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(7, 2), (2, 7)])
+def test_windows_beyond_the_map_touch_nothing(rows, cols):
+    # Twelve windows of at least a pixel over two patches: the last ones have no sample on the map.
+    query_position, levels = window_inputs(1, rows, cols, (1,), "selective", 12, 8, 1)
+    assert min(roi.flatten(1).count_nonzero(1).min() for roi in levels[2:4]) == 0
     check_window(query_position, levels, torch.float32)
 
 

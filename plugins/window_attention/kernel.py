@@ -53,9 +53,11 @@ def patch(
     """Coordinates y, x of PIXELS pixels of a window's patch, whether each exists, and its scale."""
     top, bottom = support(roi_y + window // SIDE * bins_y * height, bins_y, height)
     left, right = support(roi_x + window % SIDE * bins_x * width, bins_x, width)
-    across = tl.maximum(right - left, 1)
+    # A window whose samples all fall outside of the map touches nothing: its support ends before it begins.
+    down, across = tl.maximum(bottom - top, 0), tl.maximum(right - left, 0)
     at = first_pixel + tl.arange(0, PIXELS)
-    exists = at < (bottom - top) * across
+    exists = at < down * across
+    across = tl.maximum(across, 1)
     y = tl.where(exists, top + at // across, 0)
     x = tl.where(exists, left + at % across, 0)
     s = tl.load(scale + (crop * height + y) * width + x, mask=exists, other=0).to(tl.float32)
