@@ -58,6 +58,7 @@ class Build:
     def __init__(self, capabilities: Sequence[int]) -> None:
         self.capabilities = tuple(capabilities)
         self.wanted: dict[str, tuple[Launch, tuple[str, ...], int]] = {}
+        self.compiled: dict[str, dict[str, Any]] = {}
         self.failed: UhdError | None = None
 
     def fail(self, error: UhdError) -> None:
@@ -87,21 +88,20 @@ class Build:
                 self.wanted[kernel_key(launch, kinds, capability)] = (launch, kinds, capability)
 
     def compile(self, folder: str) -> dict[str, dict[str, Any]]:
-        """All kernels asked for, compiled, by key."""
+        """All kernels asked for so far, compiled, by key: always the same dictionary, which grows."""
         from plugins.compile import Request, compile_kernels
 
         if self.failed:
             raise self.failed
+        missing = [key for key in self.wanted if key not in self.compiled]
         requests = [
             Request.of(folder, launch, dict(zip(launch.tensors, kinds, strict=True)), capability)
-            for launch, kinds, capability in self.wanted.values()
+            for launch, kinds, capability in (self.wanted[key] for key in missing)
         ]
         fields = ("name", "ptx", "shared", "warps", "nulls")
-        compiled = compile_kernels(requests)
-        return {
-            key: {field: getattr(kernel, field) for field in fields}
-            for key, kernel in zip(self.wanted, compiled, strict=True)
-        }
+        for key, kernel in zip(missing, compile_kernels(requests), strict=True):
+            self.compiled[key] = {field: getattr(kernel, field) for field in fields}
+        return self.compiled
 
 
 def register_plugins(trt: ModuleType, capabilities: Sequence[str] = ()) -> tuple[str, ...]:
@@ -156,11 +156,13 @@ def _creators(trt: ModuleType) -> list[Any]:
             values = {field.name: np.array(field.data) for field in fields}
             try:
                 attributes = read_attributes(self.operator, values)
-                kernels = unpack(values.get(KERNELS)) if phase == trt.TensorRTPhase.RUNTIME else {}
+                if phase == trt.TensorRTPhase.RUNTIME:
+                    return _plugin_class(trt)(self.operator, attributes, unpack(values.get(KERNELS)))
             except UhdError as error:
                 _failures.append(error)
                 return None
-            return _plugin_class(trt)(self.operator, attributes, kernels, Build(self.capabilities))
+            build = Build(self.capabilities)
+            return _plugin_class(trt)(self.operator, attributes, build.compiled, build)
 
     return [Creator(operator) for operator in operators().values()]
 
@@ -169,7 +171,11 @@ def _creators(trt: ModuleType) -> list[Any]:
 def _plugin_class(trt: ModuleType) -> type:
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         def __init__(
-            self, operator: Operator, attributes: Mapping[str, int], kernels: dict[str, dict], build: Build
+            self,
+            operator: Operator,
+            attributes: Mapping[str, int],
+            kernels: dict[str, dict],
+            build: Build | None = None,
         ) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
@@ -248,14 +254,19 @@ def _plugin_class(trt: ModuleType) -> type:
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
 
+        def prepare(self) -> None:
+            """Compile what has been asked for while the engine is built; on the device all is there."""
+            if self.build is not None:
+                self.build.compile(self.operator.folder)
+
         def get_fields_to_serialize(self) -> Any:
             try:
-                kernels = self.kernels or self.build.compile(self.operator.folder)
+                self.prepare()
             except UhdError as error:
                 _failures.append(error)
                 raise
             kinds = trt.PluginFieldType
-            values = {KERNELS: (pack(kernels), kinds.INT8)}
+            values = {KERNELS: (pack(self.kernels), kinds.INT8)}
             for name, value in self.attributes.items():
                 values[name] = np.array([value], np.int32), kinds.INT32
             # Kept, because fields and collections only point to what they are made of.
@@ -274,6 +285,7 @@ def _plugin_class(trt: ModuleType) -> type:
             shapes = [tuple(desc.dims) for desc in input_desc]
             types = [named_dtype(trt, desc.type) for desc in (*input_desc, *output_desc)]
             try:
+                self.prepare()  # TensorRT times plugins before it serializes them; TensorRT-RTX does not
                 self.runner.run(shapes, types, [*inputs, *outputs], workspace, stream)
             except UhdError as error:
                 _failures.append(error)

@@ -179,8 +179,8 @@ def test_window_attention_builds_with_its_kernels_inside(trt, levels):
     assert {kernel["name"] for kernel in kernels.values()} == {"window_scores", "window_mixing"}
 
 
-def plugin_on_device(trt, name, attributes, least, most, dtype="float32"):
-    """Build a plugin, serialize its fields, and make the plugin that a device makes of them."""
+def plugin_being_built(trt, name, attributes, least, most, dtype="float32"):
+    """A plugin as TensorRT makes it while it builds an engine, told of its shapes."""
     register_plugins(trt, ("8.9",))
     creator = trt.get_plugin_registry().get_creator(name, VERSION, "")
     kinds = trt.PluginFieldType
@@ -190,6 +190,13 @@ def plugin_on_device(trt, name, attributes, least, most, dtype="float32"):
     kind = types.SimpleNamespace(type=getattr(trt, dtype))
     tensors = [types.SimpleNamespace(desc=kind, min=a, max=z) for a, z in zip(least, most, strict=True)]
     built.configure_plugin(tensors, [])
+    return built
+
+
+def plugin_on_device(trt, name, attributes, least, most, dtype="float32"):
+    """A plugin while its engine is built, and the plugin that a device makes of its serialized fields."""
+    built = plugin_being_built(trt, name, attributes, least, most, dtype)
+    creator = trt.get_plugin_registry().get_creator(name, VERSION, "")
     on_device = creator.create_plugin("node", built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
     assert on_device.attributes == built.attributes
     assert on_device.kernels == built.build.compile(built.operator.folder)
@@ -253,6 +260,20 @@ def test_jbu_enqueue_computes_the_reference(trt, monkeypatch):
     for _ in range(2):
         enqueue(trt, plugin, driver, inputs, [output], workspace)
     assert driver.launches == 2 * ["range_features", "jbu_stage"] and driver.loaded == 2
+    torch.testing.assert_close(output, jbu(*inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_plugin_runs_while_its_engine_is_built(trt, monkeypatch):
+    # TensorRT times plugins before it asks for the fields to serialize.
+    inputs = list(jbu_inputs(1, 3, 5, CHANNELS).values())
+    output, workspace = torch.zeros(1, 6, 10, CHANNELS), torch.zeros(60 * 32)
+    building = plugin_being_built(trt, "JBU", {}, *2 * [[tuple(t.shape) for t in inputs]])
+    driver = InterpretingDriver({}, [*inputs, output, workspace])
+    driver.load = lambda ptx, name, shared: json.loads(
+        next(key for key, kernel in building.kernels.items() if kernel["ptx"] == ptx)
+    )
+    monkeypatch.setattr(tensorrt_common, "open_driver", lambda: driver)
+    enqueue(trt, building.attach_to_context(None), driver, inputs, [output], workspace)
     torch.testing.assert_close(output, jbu(*inputs), atol=1e-4, rtol=1e-4)
 
 
