@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import UhdError
-from runtime.pixels import cut, normalise, open_image
+from runtime.pixels import cut, normalise, open_image, source_size
 from runtime.slicing import plan_slices
 
 
@@ -79,6 +79,66 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6
     opened = open_image(saved(Image.new("RGB", (8, 4)), tmp_path / "r.jpg", exif=exif))
     assert opened.size == (4, 8)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, mode):
+    grey = recipe.image(64, 48)[..., 0]
+    order = ">u2" if mode == "I;16B" else "<i4" if mode == "I" else "<u2"
+    deep = Image.frombytes(mode, (64, 48), (grey.astype(np.int64) * 257).astype(order).tobytes())
+    for source in (deep, saved(deep, tmp_path / "deep.tif")):
+        assert np.array_equal(np.asarray(open_image(source)), np.stack([grey] * 3, -1))
+
+
+def test_a_32_bit_image_of_8_bit_values_keeps_them():
+    grey = recipe.image(64, 48)[..., 0]
+    assert np.array_equal(np.asarray(open_image(Image.fromarray(grey.astype(np.int32))))[..., 0], grey)
+
+
+def test_a_transparent_value_of_a_16_bit_image_is_white(tmp_path):
+    deep = Image.fromarray(np.array([[0, 1, 40000]], np.uint16))
+    opened = open_image(saved(deep, tmp_path / "deep.png", transparency=0))
+    assert np.asarray(opened)[0, :, 0].tolist() == [255, 0, 40000 >> 8]
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 2**20, np.int32)])
+def test_pixels_of_no_known_range_are_refused(tmp_path, values):
+    path = saved(Image.fromarray(values), tmp_path / "raw.tif")
+    with pytest.raises(UhdError, match=r"^image .*raw\.tif: .*; scale them to 8 bits$"):
+        open_image(path)
+
+
+def test_arrays_take_the_path_of_files():
+    colour = recipe.image(8, 6)
+    assert np.array_equal(np.asarray(open_image(colour)), colour)
+    assert np.array_equal(np.asarray(open_image(colour[..., 0]))[..., 1], colour[..., 0])
+    clear = np.concatenate([colour, np.zeros((6, 8, 1), np.uint8)], -1)
+    assert (np.asarray(open_image(clear)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((6, 8, 3), np.float32),
+        np.zeros((6, 8), np.uint16),
+        np.zeros((3, 6, 8), np.uint8),
+        np.zeros((6, 8, 2), np.uint8),
+        np.zeros(6, np.uint8),
+    ],
+)
+def test_other_arrays_are_refused(array):
+    with pytest.raises(UhdError, match=r"^image array: .*; expected uint8 of shape \(h, w\), \(h, w, 3\)"):
+        open_image(array)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_of_a_file_is_known_without_its_pixels(tmp_path, monkeypatch, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(Image.new("RGB", (8, 4)), tmp_path / "r.jpg", exif=exif)
+    expected = open_image(path).size
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # would fail if it were called
+    assert source_size(str(path)) == expected
 
 
 def test_one_pixel_wide_image_gives_crops():
