@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import assert_close, golden_tensors
 from golden import recipe
+from safetensors.numpy import save_file
 
 import uhd_export.build as build
 import uhd_export.parity as parity
@@ -186,6 +187,16 @@ def test_broken_checkpoints(spoken_checkpoint, tmp_path):
         build_bundle(copy, out, vision_tower=clip)
     with pytest.raises(UhdError, match="no such folder"):
         build_bundle(tmp_path / "absent", out)
+    assert leftovers(tmp_path) == ["checkpoint"]
+
+
+def test_unknown_tensors_are_named(spoken_checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(spoken_checkpoint, copy)
+    extra = copy / "extra.safetensors"
+    save_file({"model.extra.0": np.zeros(1, np.float32)}, extra)
+    with pytest.raises(UhdError, match=r"unknown tensors model\.extra\.0"):
+        build_bundle(copy, tmp_path / "out", vision_tower=copy / "clip")
     assert leftovers(tmp_path) == ["checkpoint"]
 
 

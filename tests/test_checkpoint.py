@@ -92,7 +92,19 @@ def test_missing_shard_is_named(folder, state):
     refused(folder, r"model-00002-of-00002\.safetensors: listed in the index but missing; download it again")
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "../a.safetensors"}}])
+def test_tensors_of_the_index_that_no_shard_holds_are_named(folder, state):
+    write_shards(folder, state)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(listed))
+    refused(folder, r"index lists tensors that no file holds, model\.extra; download it again")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": []}, {"weight_map": {"a": "../a.safetensors"}}, {"weight_map": {"a": ["b"]}}],
+)
 def test_broken_index_is_named(folder, index):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, r"model\.safetensors\.index\.json: field weight_map")

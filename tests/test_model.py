@@ -10,6 +10,7 @@ from golden import recipe
 from runtime.errors import UhdError
 from runtime.prompt import IMAGE_ID
 from uhd_export import load_model
+from uhd_export.nano import checkpoint_path
 
 IMAGES = {"main": (1008, 672, 0), "noslice": (500, 120, 5)}
 CASES = [(layout, case) for layout in ("flat", "merged") for case in IMAGES]
@@ -84,6 +85,10 @@ def test_generation_stops_at_end_of_text(golden_model, monkeypatch):
     stopping = replace(model.config.language, eos=(int(golden["generated"][3]),))
     monkeypatch.setattr(model, "config", replace(model.config, language=stopping))
     assert model.generate_ids(image, prompt, 16) == golden["generated"][:4].tolist()
+
+
+def test_the_embedded_model_is_loaded_by_name():
+    assert load_model("nano").folder == checkpoint_path()
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,14 @@ from runtime.manifest import (
 )
 from runtime.progress import progress_bar
 from runtime.slicing import MAX_SLICES
-from uhd_export.checkpoint import Checkpoint, locate, read_config
+from uhd_export.checkpoint import Checkpoint, read_config, source_folder
 from uhd_export.config import ModelConfig
 from uhd_export.engines import BACKENDS, engine_options, replace_graphs
 from uhd_export.int4 import WeightOptions, as_stored, linear_format, open_checkpoint, resolve
 from uhd_export.language_graph import emit_language
+from uhd_export.model import refuse_unknown
 from uhd_export.parity import measure_parity
-from uhd_export.provenance import NANO, describe_source, tool_versions
+from uhd_export.provenance import describe_source, tool_versions
 from uhd_export.staging import staged_folder
 from uhd_export.tensorrt import EngineOptions
 from uhd_export.tokenizer import checkpoint_tokenizer
@@ -152,6 +153,7 @@ def build_bundle(
     )
     checkpoint = open_checkpoint(folder)
     try:
+        refuse_unknown(checkpoint, parsed)
         quantization = resolve(checkpoint, parsed.language, options.weights)
         needed = _estimate_bytes(checkpoint, options)
         with staged_folder(Path(out), force=force, needed=needed) as staging:
@@ -181,15 +183,6 @@ def _refuse_failed(parity: Sequence[Parity]) -> None:
             f"parity of {failed.part} on {failed.inputs}: {failed.metric} {failed.value:.2e} is "
             f"over the limit of {failed.limit:.2e}; nothing was written (--no-verify writes it)"
         )
-
-
-def source_folder(source: str | Path) -> Path:
-    """The local folder of `source`: "nano", a folder, or a hub id (downloaded and cached)."""
-    if str(source) == NANO:
-        from uhd_export.nano import checkpoint_path
-
-        return checkpoint_path()
-    return locate(source)
 
 
 def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from runtime.errors import UhdError
 from uhd_export.config import KNOWN_TOWERS, ModelConfig, parse_config
 from uhd_export.fields import read_json
+from uhd_export.nano import checkpoint_path
+from uhd_export.provenance import NANO
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -24,6 +26,11 @@ _UNUSED = re.compile(
     r"|rotary_emb\.inv_freq$|model\.image_newline$"
 )
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+
+
+def source_folder(source: str | Path) -> Path:
+    """The local folder of `source`: "nano", a folder, or a hub id (downloaded and cached)."""
+    return checkpoint_path() if str(source) == NANO else locate(source)
 
 
 def locate(source: str | Path, *, weights: bool = True) -> Path:
@@ -85,7 +92,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self._files = ExitStack()
         self._where: dict[str, object] = {}
-        files = self._list_files()
+        files, listed = self._list_files()
         for path in files:
             try:
                 handle = self._files.enter_context(safe_open(path, "pt"))
@@ -97,22 +104,28 @@ class Checkpoint:
                 ) from None
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 self._where[name] = handle
+        absent = sorted(listed - self._where.keys())
+        if absent:
+            raise UhdError(
+                f"checkpoint {self.folder}: the index lists tensors that no file holds, {_some(absent)}; "
+                "download it again"
+            )
 
-    def _list_files(self) -> list[Path]:
+    def _list_files(self) -> tuple[list[Path], set[str]]:
+        """The safetensors files, and the tensors that the index lists where there is one."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise UhdError(f"{index}: field weight_map is missing")
-            names = sorted(set(shards.values()))
-            if any(Path(name).name != name for name in names):
+            if any(not isinstance(name, str) or Path(name).name != name for name in shards.values()):
                 raise UhdError(f"{index}: field weight_map must hold plain file names")
-            return [self.folder / name for name in names]
+            return [self.folder / name for name in sorted(set(shards.values()))], set(shards)
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             other = "; convert its .bin files to safetensors first" if list(self.folder.glob("*.bin")) else ""
             raise UhdError(f"checkpoint {self.folder}: holds no safetensors file{other}")
-        return files
+        return files, set()
 
     def names(self) -> set[str]:
         """Every tensor name in the checkpoint."""
@@ -153,12 +166,15 @@ class Checkpoint:
         """Raise UhdError naming tensors that are neither `used` nor known to be unused."""
         unknown = sorted(n for n in self.names() - set(used) if not _UNUSED.search(n) and not unused(n))
         if unknown:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise UhdError(
-                f"checkpoint {self.folder}: unknown tensors {', '.join(unknown[:3])}{more}; "
-                "not a LLaVA-UHD checkpoint?"
+                f"checkpoint {self.folder}: unknown tensors {_some(unknown)}; not a LLaVA-UHD checkpoint?"
             )
 
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+def _some(names: list[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

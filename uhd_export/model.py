@@ -13,7 +13,7 @@ from runtime.geometry import GRID_MODES, crop_geometry
 from runtime.layout import LAYOUTS, layout_indices
 from runtime.pixels import cut, normalise, open_image
 from runtime.slicing import MAX_SLICES, SlicePlan, plan_slices
-from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, locate, read_config
+from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint, read_config, source_folder
 from uhd_export.config import ModelConfig
 from uhd_export.int4 import open_checkpoint
 from uhd_export.language import LanguageModel
@@ -41,20 +41,11 @@ class UhdModel:
     ) -> None:
         self.folder, self.config, self.dtype = folder, config, dtype
         self.grid, self.max_slices, self.resize, self.boxes = grid, max_slices, resize, boxes
-        with torch.device("meta"):
-            self.vision_tower = VisionTower(config.vision)
-            self.projector = (HiwinProjector if config.projector.kind == "hiwin" else V1Projector)(
-                config.projector
-            )
-            self.language = LanguageModel(config.language)
+        modules = _modules(config)
+        self.vision_tower, self.projector, self.language = modules.values()
         checkpoint = open_checkpoint(folder)
-        parts = ((self.vision_tower, VISION_PREFIX), (self.projector, PROJECTOR_PREFIX), (self.language, ""))
-        used = {prefix + name for module, prefix in parts for name, _ in module.named_parameters()}
-        last = f"encoder.layers.{config.vision.layers}."
-        checkpoint.refuse_unknown(
-            used, lambda n: last in n or (config.language.tied and n == "lm_head.weight")
-        )
-        for module, prefix in parts:
+        refuse_unknown(checkpoint, config)
+        for prefix, module in modules.items():
             checkpoint.load_into(module, prefix, dtype)
         checkpoint.close()
         self._tokenizer = None
@@ -161,6 +152,25 @@ class UhdModel:
         return out
 
 
+def _modules(config: ModelConfig) -> dict[str, torch.nn.Module]:
+    """The model's three parts by the prefix of their tensors, on the meta device: they hold no memory."""
+    projector = HiwinProjector if config.projector.kind == "hiwin" else V1Projector
+    with torch.device("meta"):
+        return {
+            VISION_PREFIX: VisionTower(config.vision),
+            PROJECTOR_PREFIX: projector(config.projector),
+            "": LanguageModel(config.language),
+        }
+
+
+def refuse_unknown(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise UhdError naming tensors of `checkpoint` that the model of `config` has no place for."""
+    modules = _modules(config).items()
+    used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
+    last = f"encoder.layers.{config.vision.layers}."
+    checkpoint.refuse_unknown(used, lambda n: last in n or (config.language.tied and n == "lm_head.weight"))
+
+
 def load_model(
     source: str | Path,
     *,
@@ -174,7 +184,7 @@ def load_model(
     resize: int | None = None,
     boxes: str | None = None,
 ) -> UhdModel:
-    """Load a LLaVA-UHD checkpoint, a folder or a Hugging Face hub id, as a PyTorch model.
+    """Load a LLaVA-UHD checkpoint, a folder, a Hugging Face hub id or "nano", as a PyTorch model.
 
     `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
     that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
@@ -188,7 +198,7 @@ def load_model(
         raise UhdError(f"layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
     if grid not in GRID_MODES:
         raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
-    folder = locate(source)
+    folder = source_folder(source)
     parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
     boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
     return UhdModel(
