@@ -109,6 +109,7 @@ class Context:
 
     def _set_shapes(self, shapes: dict[str, Shape]) -> None:
         """Choose the profile, tell the shapes, and make room for activations."""
+        self._drop_graphs()  # a captured graph holds what the context was then
         self._addresses.clear()  # what a change of profile keeps is not documented
         index = self._choose_profile(shapes)
         if index != self._profile:
@@ -151,7 +152,7 @@ class Context:
             if count < _CAPTURE_AT:
                 self._enqueue()
                 return
-            self._drop_graphs()  # one graph a context: decoding repeats one run
+            self._drop_graphs()  # memory moved; one graph a context, since decoding repeats one run
             self._captured[key] = self._cuda.capture(self._enqueue)
         self._cuda.launch(self._captured[key])
 
@@ -159,6 +160,7 @@ class Context:
         for graph in self._captured.values():
             self._cuda.free_graph(graph)
         self._captured.clear()
+        self._seen = ((), 0)
 
     def _enqueue(self) -> None:
         with messages(self._trt) as said:

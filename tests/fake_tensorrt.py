@@ -96,14 +96,16 @@ class FakeContext:
     def __init__(self, engine, config):
         self.engine, self.config, self.profiler = engine, config, None
         self.profile, self.shapes, self.addresses, self.memory = 0, {}, {}, None
-        self.runs = 0
+        self.runs = self.changes = 0
 
     def set_optimization_profile_async(self, index, stream):
         assert stream == self.engine.cuda.stream
+        self.changes += 1
         self.profile, self.shapes, self.memory = index, {}, None
         return 0 <= index < len(self.engine.record.profiles)
 
     def set_input_shape(self, name, shape):
+        self.changes += 1
         known = self.engine.record.inputs[name].info.shape
         assert len(known) == len(shape)
         self.shapes[name] = tuple(shape)
@@ -117,6 +119,7 @@ class FakeContext:
 
     def set_device_memory(self, address, nbytes):
         assert address % 256 == 0
+        self.changes += 1
         self.memory = (address, nbytes)
 
     def get_tensor_shape(self, name):
@@ -128,6 +131,7 @@ class FakeContext:
 
     def set_tensor_address(self, name, address):
         assert name in self.engine.record.inputs or name in self.engine.record.outputs
+        self.changes += 1
         self.addresses[name] = address
         return True
 
@@ -147,7 +151,13 @@ class FakeContext:
                 cuda.queue(lambda layer=layer, ms=ms: self.profiler.report_layer_time(layer, ms))
         places = dict(self.addresses)
         shapes = dict(self.shapes) | {name: self.get_tensor_shape(name) for name in record.outputs}
-        cuda.queue(lambda: self.engine.run(places, shapes))
+        captured = self.changes if cuda.captured_into is not None else None
+
+        def run():
+            assert captured in (None, self.changes), "a graph of what the context no longer is"
+            self.engine.run(places, shapes)
+
+        cuda.queue(run)
         self.runs += 1
         return True
 

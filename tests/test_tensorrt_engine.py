@@ -164,6 +164,10 @@ def test_cuda_graphs(machine, language):
     for i in range(10, 15):
         assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
     assert cuda.launches == 4 + 4
+    decoder.prefill(embeds[:, 15:17])  # changes the context that the graph was captured from
+    for i in range(17, 20):
+        assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
+    assert cuda.launches == 4 + 4 + 2
 
 
 def crop_feeds(engine, rows, cols, batch, grid="selective"):
