@@ -2,7 +2,7 @@
 
 `python -m plugins.compile` compiles every kernel at real size for every target and prints registers,
 shared memory and spills; `--json` for machines, `--dtype` and `--target` to choose. Results are kept
-in the user's cache directory, keyed by the kernels' source, the compiler's version and the request.
+in the cache folder, keyed by the kernels' source, the compiler's version and the request.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from plugins.jbu import launch as jbu
 from plugins.launch import Launch
 from plugins.window_attention import launch as window
 from runtime.errors import UhdError
+from runtime.tensorrt_backend import cache_folder
 
 TARGETS = (80, 86, 87, 89, 90, 120)  # A100; RTX 30; Jetson Orin; RTX 40; H100 and H200; RTX 50
 DTYPES = ("float16", "bfloat16", "float32")
@@ -76,12 +77,13 @@ class Request:
         """Name of the result in the cache."""
         sources = [FOLDER / name for name in ("tiles.py", "compile_worker.py")]
         sources.append(FOLDER / self.module.split(".")[1] / "kernel.py")
-        parts = [json.dumps(asdict(self), sort_keys=True), _triton_version()]
+        parts = [json.dumps(asdict(self), sort_keys=True), triton_version()]
         parts += [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
+    """The installed compiler's version; UhdError where there is none."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -90,20 +92,16 @@ def _triton_version() -> str:
         ) from None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `uhd-export/kernels` in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhd-export" / "kernels"
-
-
 def compile_kernels(requests: Sequence[Request]) -> list[Kernel]:
     """Compile what the cache does not hold, a worker process per core; results in order.
 
     Raises UhdError where Triton is missing or the compiler fails.
     """
-    paths = [cache_folder() / f"{request.key()}.json" for request in requests]
+    folder = cache_folder() / "kernels"
+    paths = [folder / f"{request.key()}.json" for request in requests]
     missing = {path: request for path, request in zip(paths, requests, strict=True) if not path.is_file()}
     if missing:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, len(missing))
         items = list(missing.items())
         with ThreadPoolExecutor(workers) as pool:

@@ -16,6 +16,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# The oldest PTX that each generation's kernels can be written in, as ten times its version: a driver compiles
+# PTX up to its own version. 8.0 came with CUDA 12.0, 8.7, the first to know Blackwell's RTX, with 12.8.
+PTX_VERSION = {80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 120: 87}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
@@ -32,10 +35,14 @@ def compile_kernel(request: dict) -> dict:
         raise ValueError(f"no value for {', '.join(sorted(missing))}")
     # Tensors start at multiples of 16 bytes, so that loads can be vectors.
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
-    options = {"num_warps": request["warps"], "num_stages": request["stages"]}
+    capability = request["capability"]
+    options = {
+        "num_warps": request["warps"],
+        "num_stages": request["stages"],
+        "ptx_version": PTX_VERSION[capability],
+    }
     if request["registers"]:
         options["maxnreg"] = request["registers"]
-    capability = request["capability"]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),

@@ -11,8 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from runtime.errors import UhdError
-
-INSTALL = "pip install cuda-python"
+from runtime.tensorrt_cuda import INSTALL
 
 
 class Driver:
@@ -75,7 +74,10 @@ class Driver:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._api, name)(*arguments)
-        if status != self._api.CUresult.CUDA_SUCCESS:
+        codes = self._api.CUresult
+        if status == codes.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+            raise UhdError("GPU: the driver is too old for the engine's kernels; update it (to CUDA 12.8's)")
+        if status != codes.CUDA_SUCCESS:
             raise UhdError(
                 f"GPU: {name} failed ({status.name}); build the engine again with this driver's GPU"
             )

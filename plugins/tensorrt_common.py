@@ -1,11 +1,8 @@
-"""What the TensorRT plugins share: an IPluginV3 in Python that launches ahead-of-time compiled kernels.
+"""What the plugins' operators are, their checks, and the launching of their compiled kernels.
 
-While an engine is built, the plugin compiles its kernels (Triton; no GPU) for the types and shapes of
-the profiles and puts them, as PTX, into its serialized fields. On the device it plans each launch from
-the shapes (`plugins/*/launch.py`, plain arithmetic) and hands the matching kernel to the driver: that
-needs neither Triton nor PyTorch, only cuda-python. Works with TensorRT-RTX and TensorRT alike.
-
-`register_plugins` must run in the process that builds and in the one that loads the engine.
+Nothing here knows TensorRT's classes (`plugins.tensorrt_plugin` does), and what the device needs takes
+neither Triton nor PyTorch: kernels come as PTX by key, each launch is planned from the shapes
+(`plugins/*/launch.py`, plain arithmetic) and handed to the driver.
 """
 
 import functools
@@ -22,7 +19,6 @@ from plugins.driver import open_driver
 from plugins.launch import Launch, Scratch
 from runtime.errors import UhdError
 
-DOMAIN = "uhd"
 VERSION = "1"
 KERNELS = "kernels"  # the serialized field that holds the compiled kernels
 ALIGNMENT = 256  # bytes, of a scratch buffer in the workspace

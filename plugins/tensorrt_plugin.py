@@ -1,6 +1,9 @@
 """The TensorRT plugins themselves: `plugins.tensorrt_common.Operator`s behind IPluginV3.
 
-The classes are made once TensorRT is imported, because they derive from its own.
+While an engine is built, a plugin compiles its kernels (Triton; no GPU) for the types and shapes of the
+profiles and puts them, as PTX, into its serialized fields. On the device it launches them. Works with
+TensorRT-RTX and TensorRT alike. `register_plugins` must run in the process that builds and in the one that
+loads the engine. The classes are made once TensorRT is imported, because they derive from its own.
 """
 
 import functools

@@ -14,8 +14,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def multiply(a, b, PRECISION: tl.constexpr, EMULATE: tl.constexpr):
     """Matrix product with float32 accumulation.
 
-    `PRECISION` concerns float32 operands: "tf32x3" (three tensor-core passes, as exact as float32) or
-    "tf32". `EMULATE` is set for bfloat16 under the interpreter, which would multiply its bits as integers.
+    `PRECISION` concerns float32 operands: "ieee" (exact, without tensor cores) or "tf32". `EMULATE` is set
+    for bfloat16 under the interpreter, which would multiply its bits as integers.
     """
     if EMULATE:
         a = a.to(tl.float32)

@@ -14,7 +14,7 @@ class JitCache:
 
     def __init__(self, trt: ModuleType, engine: Any, record: EngineRecord, cuda: Cuda) -> None:
         self.handle: Any = None
-        self._path = cache_folder() / "kernels" / f"{record.sha256[:32]}-{cuda.capability}.bin"
+        self._path = cache_folder() / "jit" / f"{record.sha256[:32]}-{cuda.capability}.bin"
         if not hasattr(trt, "IRuntimeCache"):  # TensorRT compiles at build time
             return
         self.handle = engine.create_runtime_config().create_runtime_cache()

@@ -29,8 +29,9 @@ class LayerTimes:
                 self.seen.add(layer)
                 runs[-1].append((layer, ms * 1e3))
 
-        context.profiler = Profiler()
-        self._attached.append(context.profiler)  # contexts do not keep it
+        profiler = Profiler()
+        self._attached.append(profiler)  # contexts do not keep it
+        context.profiler = profiler
 
     def write(self, path: Path) -> Path:
         """Write the trace in the form of ONNX Runtime's (microseconds), and return its path."""

@@ -378,17 +378,18 @@ class FakeApi:
 
     class CUresult:
         CUDA_SUCCESS = "ok"
+        CUDA_ERROR_UNSUPPORTED_PTX_VERSION = types.SimpleNamespace(name="CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
     CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
 
-    def __init__(self, failing=""):
-        self.failing, self.calls = failing, []
+    def __init__(self):
+        self.failing, self.status, self.calls = "", types.SimpleNamespace(name="CUDA_ERROR_INVALID_PTX"), []
 
     def __getattr__(self, name):
         def call(*arguments):
             self.calls.append((name, *arguments))
             if name == self.failing:
-                return (types.SimpleNamespace(name="CUDA_ERROR_INVALID_PTX"),)
+                return (self.status,)
             return ("ok", name)
 
         return call
@@ -408,6 +409,9 @@ def test_driver_packs_arguments_and_reports_failures(monkeypatch):
     assert [kind.__name__ for kind in kinds] == ["c_void_p"] * 2 + ["c_int"] + ["c_void_p"] * 2
     api.failing = "cuModuleLoadData"
     with pytest.raises(UhdError, match=r"GPU: cuModuleLoadData failed \(CUDA_ERROR_INVALID_PTX\)"):
+        driver.load("ptx", "kernel", 0)
+    api.status = api.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+    with pytest.raises(UhdError, match="the driver is too old"):
         driver.load("ptx", "kernel", 0)
 
 

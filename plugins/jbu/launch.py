@@ -6,20 +6,20 @@ TALL, BROAD = 4, 16  # an output tile, as in the kernel
 RANGE = 32  # channels of the range features
 FEATURE_PIXELS = 64  # of a program that computes range features
 INPUTS = (
-    "source",
-    "guidance",
-    "range_in_weight",
+    "source",  # (B, h, w, C)
+    "guidance",  # (B, H, W, 3), H = 2h, W = 2w
+    "range_in_weight",  # (3, 32); all weights are in x out
     "range_in_bias",
-    "range_out_weight",
+    "range_out_weight",  # (32, 32)
     "range_out_bias",
-    "range_temp",
-    "sigma_spatial",
-    "fixup_in_weight",
+    "range_temp",  # ()
+    "sigma_spatial",  # ()
+    "fixup_in_weight",  # (52, 49)
     "fixup_in_bias",
-    "fixup_out_weight",
+    "fixup_out_weight",  # (49, 49)
     "fixup_out_bias",
-    "upsample_y",
-    "upsample_x",
+    "upsample_y",  # (H + 6, h)
+    "upsample_x",  # (W + 6, w)
 )
 OUTPUTS = ("output",)
 

@@ -4,24 +4,9 @@ import numpy as np
 import onnx_ir as ir
 
 from plugins.graph import PLUGIN_DOMAIN, GraphBuilder
+from plugins.jbu.launch import INPUTS
 from plugins.jbu.reference import FIXUP, KERNEL, RADIUS
 
-INPUTS = (
-    "source",  # (B, h, w, C)
-    "guidance",  # (B, H, W, 3), H = 2h, W = 2w
-    "range_in_weight",  # (3, 32); all weights are in x out
-    "range_in_bias",
-    "range_out_weight",  # (32, 32)
-    "range_out_bias",
-    "range_temp",  # ()
-    "sigma_spatial",  # ()
-    "fixup_in_weight",  # (52, 49)
-    "fixup_in_bias",
-    "fixup_out_weight",  # (49, 49)
-    "fixup_out_bias",
-    "upsample_y",  # (H + 6, h)
-    "upsample_x",  # (W + 6, w)
-)
 TILE = 8
 HALO = TILE + 2 * RADIUS
 # A tile's 14 upsampled rows come from at most this many low-resolution rows.

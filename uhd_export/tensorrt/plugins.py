@@ -4,11 +4,12 @@ import hashlib
 from pathlib import Path
 
 import plugins
+from plugins.compile import triton_version
 
 
 def plugin_fingerprint() -> str:
-    """SHA-256 over the source of all plugins and their kernels, which engines carry inside."""
-    digest = hashlib.sha256()
+    """SHA-256 over the source of all plugins and their compiler's version: engines carry the kernels inside."""
+    digest = hashlib.sha256(triton_version().encode())
     folder = Path(plugins.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
