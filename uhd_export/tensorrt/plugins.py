@@ -8,7 +8,7 @@ from plugins.compile import triton_version
 
 
 def plugin_fingerprint() -> str:
-    """SHA-256 over the source of all plugins and their compiler's version: engines carry the kernels inside."""
+    """SHA-256 over the plugins' source and their compiler's version: engines carry the kernels inside."""
     digest = hashlib.sha256(triton_version().encode())
     folder = Path(plugins.__file__).parent
     for path in sorted(folder.rglob("*.py")):
