@@ -1,6 +1,8 @@
 """ONNX Runtime as an engine, on the CPU or a CUDA device."""
 
 import json
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +105,9 @@ class OrtBinding(Binding):
         self.nbytes = 0
         for past, present in shared.items():
             info = engine.inputs[past]
-            zeros = np.zeros(info.resolve(sizes), info.dtype)
-            # On the CPU an OrtValue made from an array only borrows its memory: let it own a buffer instead.
-            buffer = ort.OrtValue.ortvalue_from_shape_and_type(zeros.shape, info.dtype, engine.device)
-            buffer.update_inplace(zeros)
-            self.nbytes += zeros.nbytes
+            shape = info.resolve(sizes)
+            buffer = _zeros(shape, info.dtype, engine.device)
+            self.nbytes += math.prod(shape) * info.dtype.itemsize
             self._buffers[past] = buffer
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
@@ -141,6 +141,19 @@ class OrtBinding(Binding):
     def read(self, name: str) -> np.ndarray:
         """See `Binding.read`."""
         return self._buffers[name].numpy().copy()
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: str) -> ort.OrtValue:
+    """A buffer of zeros on `device`."""
+    if device == "cpu":
+        # Memory from the system is zero, and there only from the first write on, page by page: a cache costs
+        # what has been used of it. Not so `np.zeros`, which asks for huge pages, each as long as a head's
+        # 4096 positions. The value borrows the array's memory and keeps the array, as that does the mapping.
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(pages, dtype).reshape(shape))
+    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device)
+    buffer.update_inplace(np.zeros(shape, dtype))
+    return buffer
 
 
 @dataclass(frozen=True)

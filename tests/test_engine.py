@@ -1,6 +1,8 @@
 """Engines: opening, running, binding buffers, traces, and one-line errors."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -71,6 +73,18 @@ def test_buffers_start_as_zeros_whatever_the_memory_held(accumulator, monkeypatc
     with open_engine(accumulator, threads=1) as engine:
         binding = engine.bind({"past": "total"}, {"size": 3})
         assert not binding.read("past").any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read on Linux")
+def test_buffers_take_memory_only_where_they_are_written(accumulator):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with open_engine(accumulator, threads=1) as engine:
+        before = resident()
+        binding = engine.bind({"past": "total"}, {"size": 2**24})
+        assert binding.nbytes == 2**27
+        assert resident() - before < binding.nbytes / 10
 
 
 def test_feeds_are_checked(accumulator):
