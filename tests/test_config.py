@@ -75,6 +75,51 @@ def test_overrides_and_defaults():
     assert parse_config(config(), {"vision_config": TOWER}) == parse_config(config(), TOWER)
 
 
+NULLABLE = (
+    "hidden_act",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_hidden_size",
+    "feature_scale_mask",
+    "mm_separator_token_ids",
+)
+
+
+def test_null_means_the_default():
+    assert parse_config(config(**dict.fromkeys(NULLABLE)), {**TOWER, "hidden_act": None}) == parse_config(
+        config(**dict.fromkeys(NULLABLE, MISSING)), TOWER
+    )
+
+
+@pytest.mark.parametrize(
+    "eos, generating, ids",
+    [
+        (2, None, (2,)),
+        (2, {}, (2,)),
+        (2, {"eos_token_id": [3, 2]}, (2, 3)),
+        ([4, 2], {"eos_token_id": 5}, (4, 2, 5)),
+        (MISSING, {"eos_token_id": 0}, (0,)),
+        (None, {"eos_token_id": None}, (2,)),
+    ],
+)
+def test_ids_that_end_a_text(eos, generating, ids):
+    assert parse_config(config(eos_token_id=eos), TOWER, generating).language.eos == ids
+
+
+def test_the_generation_config_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024, eos_token_id=2)))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert read_config(tmp_path).language.eos == (2, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(UhdError, match="generation config field eos_token_id"):
+        read_config(tmp_path)
+
+
+def test_qwen2_needs_an_id_that_ends_a_text():
+    with pytest.raises(UhdError, match=r"config field eos_token_id: missing, in generation_config\.json too"):
+        parse_config(config(model_type="qwen2", eos_token_id=None), TOWER)
+
+
 def test_levels_of_masks():
     assert {mask: mask_levels(mask) for mask in (1, 3, 5, 7, 15)} == {
         1: (1,),
@@ -142,6 +187,8 @@ def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
         ("hidden_size", 192),
         ("vocab_size", 0),
         ("eos_token_id", "</s>"),
+        ("eos_token_id", [2, "</s>"]),
+        ("eos_token_id", -1),
         ("mm_vision_select_layer", -1),
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_hidden_size", 1024),
@@ -194,6 +241,42 @@ def test_tower_in_the_checkpoint_folder(tmp_path):
     (tmp_path / "clip" / "config.json").write_text(json.dumps(TOWER))
     (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower="clip")))
     assert read_config(tmp_path).vision.hidden == 64
+
+
+def test_a_folder_beside_the_user_is_not_the_checkpoints_tower(tmp_path, monkeypatch):
+    for folder, width in ((tmp_path / "clip", 128), (tmp_path / "checkpoint" / "clip", 64)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**TOWER, "hidden_size": width}))
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "config.json").write_text(json.dumps(config(mm_vision_tower="clip", mm_hidden_size=None)))
+    monkeypatch.chdir(tmp_path)
+    assert read_config(checkpoint).vision.hidden == 64
+    assert read_config(checkpoint, vision_tower="clip").vision.hidden == 128
+    (checkpoint / "config.json").write_text(
+        json.dumps(config(mm_vision_tower=str(tmp_path / "clip"), mm_hidden_size=None))
+    )
+    assert read_config(checkpoint).vision.hidden == 128
+
+
+OFFICIAL_CLIP = "clip-vit-large-patch14-336"
+
+
+@pytest.mark.parametrize("path", [OFFICIAL_CLIP, f"/home/x/{OFFICIAL_CLIP}/", f"pretrained/{OFFICIAL_CLIP}"])
+def test_the_official_tower_is_known_by_the_end_of_a_training_path(tmp_path, path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path, mm_hidden_size=1024)))
+    assert read_config(tmp_path).vision.layers == 23
+    with pytest.raises(UhdError, match="no such folder"):
+        read_config(tmp_path, vision_tower="/home/x/" + OFFICIAL_CLIP)
+
+
+@pytest.mark.parametrize("path", ["/home/x/my-clip", "../my-clip", "my-clip", ["clip"]])
+def test_a_tower_that_is_not_here_is_named_with_the_remedy(tmp_path, path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path)))
+    with pytest.raises(
+        UhdError, match=r"config field mm_vision_tower: .*(; pass --vision-tower|wrong type)"
+    ) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_tower_field_is_named(tmp_path):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from runtime.errors import UhdError
 from uhd_export.config import KNOWN_TOWERS, ModelConfig, parse_config
-from uhd_export.fields import read_json
+from uhd_export.fields import optional, read_json
 from uhd_export.nano import checkpoint_path
 from uhd_export.provenance import NANO
 
@@ -38,18 +38,23 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.exists():
-        raise UhdError(f"checkpoint {source}: no such folder, and not a Hugging Face hub id (owner/name)")
+    if path.exists():
+        raise UhdError(f"checkpoint {source}: is a file; pass the folder that holds it")
+    return _download(str(source), HUB_PATTERNS if weights else ["*.json"])
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UhdError(f"checkpoint {name}: no such folder, and not a Hugging Face hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = HUB_PATTERNS if weights else ["*.json"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UhdError(
-            f"checkpoint {source}: no such folder, and the hub cannot provide it ({reason}); "
+            f"checkpoint {name}: no such folder, and the hub cannot provide it ({reason}); "
             "check the name, log in with `hf auth login`, or download it and pass the folder"
         ) from None
 
@@ -67,19 +72,39 @@ def read_config(
     `config` replaces its config.json; `vision_tower` (folder or hub id) its `mm_vision_tower`.
     """
     raw = read_json(Path(config) if config else folder / "config.json")
-    tower = vision_tower or raw.get("mm_vision_tower")
-    if tower is None:
-        raise UhdError("config field mm_vision_tower: missing; pass --vision-tower")
-    return parse_config(raw, _tower_config(folder, tower), layout=layout, mask=mask)
+    tower = _given_tower(folder, vision_tower) if vision_tower else _recorded_tower(folder, raw)
+    path = folder / "generation_config.json"
+    generating = read_json(path) if path.is_file() else None
+    return parse_config(raw, tower, generating, layout=layout, mask=mask)
 
 
-def _tower_config(folder: Path, tower: str | Path) -> dict:
-    for candidate in (Path(tower), folder / str(tower)):
+def _given_tower(folder: Path, tower: str | Path) -> dict:
+    """The CLIP config that the user names."""
+    for candidate in (Path(tower), folder / tower):
         if candidate.is_dir():
             return read_json(candidate / "config.json")
-    if str(tower) in KNOWN_TOWERS:
-        return KNOWN_TOWERS[str(tower)]
-    return read_json(locate(tower, weights=False) / "config.json")
+    return KNOWN_TOWERS.get(str(tower)) or read_json(locate(tower, weights=False) / "config.json")
+
+
+def _recorded_tower(folder: Path, raw: dict) -> dict:
+    """The CLIP config that config.json names.
+
+    The name was written where the model was trained: it means nothing in the current folder, and the
+    last part of a path that is not here still tells the official CLIP.
+    """
+    tower = optional(raw, "mm_vision_tower", str, "")
+    if not tower:
+        raise UhdError("config field mm_vision_tower: missing; pass --vision-tower")
+    inside = folder / tower / "config.json"  # an absolute path stays what it is
+    if inside.is_file():
+        return read_json(inside)
+    for name, config in KNOWN_TOWERS.items():
+        if Path(name).name == Path(tower).name:
+            return config
+    try:
+        return read_json(_download(tower, ["*.json"]) / "config.json")
+    except UhdError as error:
+        raise UhdError(f"config field mm_vision_tower: {error}; pass --vision-tower") from None
 
 
 class Checkpoint:

@@ -21,6 +21,8 @@ KNOWN_TOWERS = {
         "layer_norm_eps": 1e-5,
     }
 }
+# `</s>`, which every LLaMA tokenizer has and transformers takes where no config says otherwise.
+LLAMA_EOS = 2
 QUERY_SIDES = {"": 12, "_64": 8, "_256": 16}
 
 
@@ -44,25 +46,30 @@ class ModelConfig:
 
 
 def parse_config(
-    config: dict, tower: dict, *, layout: str | None = None, mask: int | None = None
+    config: dict,
+    tower: dict,
+    generating: dict | None = None,
+    *,
+    layout: str | None = None,
+    mask: int | None = None,
 ) -> ModelConfig:
-    """Typed configuration from a checkpoint's `config.json` and its CLIP's.
+    """Typed configuration from a checkpoint's `config.json`, its CLIP's and its `generation_config.json`.
 
     Both generations are read: `feature_mode: featup_muti_res` (December 2024) and `model_mode:
     uhd_v2` / `uhd_v1`. `layout` and `mask` override what the config says.
     Raises UhdError naming the field that is missing or not supported.
     """
     kind, suffix, generation = _projector_kind(config)
-    language = _language(config)
+    language = _language(config, generating or {})
     vision = _vision(config, tower)
     if language.hidden % HEAD_SIZE:
         raise UhdError(
             f"config field hidden_size: {language.hidden} is not a multiple of {HEAD_SIZE}, "
             "which the projector's attention needs"
         )
-    levels = (
-        (1,) if kind == "v1" else mask_levels(config.get("feature_scale_mask", 7) if mask is None else mask)
-    )
+    if mask is None:
+        mask = optional(config, "feature_scale_mask", int, 7)
+    levels = (1,) if kind == "v1" else mask_levels(mask)
     return ModelConfig(
         vision=vision,
         projector=ProjectorShape(kind, language.hidden, vision.hidden, levels, QUERY_SIDES[suffix]),
@@ -86,8 +93,8 @@ def mask_levels(mask: int) -> tuple[int, ...]:
 
 
 def _separators(config: dict) -> Separators:
-    ids = config.get("mm_separator_token_ids", [COMMA, NEWLINE])
-    if not isinstance(ids, list) or len(ids) != 2 or any(type(i) is not int or i < 0 for i in ids):
+    ids = optional(config, "mm_separator_token_ids", list, [COMMA, NEWLINE])
+    if len(ids) != 2 or any(type(i) is not int or i < 0 for i in ids):
         raise UhdError(
             f"config field mm_separator_token_ids: {ids!r} must be two token ids, comma and newline"
         )
@@ -126,7 +133,7 @@ def _unsupported_projector(name: str) -> UhdError:
     )
 
 
-def _language(config: dict) -> LanguageShape:
+def _language(config: dict, generating: dict) -> LanguageShape:
     model_type = required(config, "model_type", str)
     kinds = {
         "llava_llama": "llama",
@@ -140,8 +147,9 @@ def _language(config: dict) -> LanguageShape:
             f"config field model_type: {model_type!r} is not supported; expected one of {', '.join(kinds)}"
         )
     kind = kinds[model_type]
-    if config.get("hidden_act", "silu") != "silu":
-        raise UhdError(f"config field hidden_act: {config['hidden_act']!r} is not supported; expected 'silu'")
+    activation = optional(config, "hidden_act", str, "silu")
+    if activation != "silu":
+        raise UhdError(f"config field hidden_act: {activation!r} is not supported; expected 'silu'")
     if config.get("attention_bias") and kind == "llama":
         raise UhdError("config field attention_bias: true is not supported for LLaMA models")
     if config.get("use_sliding_window"):
@@ -161,7 +169,6 @@ def _language(config: dict) -> LanguageShape:
         raise UhdError(
             f"config field num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
         )
-    eos = optional(config, "eos_token_id", (int, list), [])
     return LanguageShape(
         kind=kind,
         hidden=hidden,
@@ -176,31 +183,45 @@ def _language(config: dict) -> LanguageShape:
         rope_theta=float(optional(config, "rope_theta", (int, float), rope.get("rope_theta", 10000.0))),
         tied=bool(config.get("tie_word_embeddings", False)),
         bos=optional(config, "bos_token_id", int, None),
-        eos=tuple(eos) if isinstance(eos, list) else (eos,),
+        eos=_eos(config, generating, kind),
     )
+
+
+def _eos(config: dict, generating: dict, kind: str) -> tuple[int, ...]:
+    """The ids that end a text: those of config.json first, and whatever generation_config.json adds."""
+    ids = []
+    for values, where in ((config, "config"), (generating, "generation config")):
+        found = optional(values, "eos_token_id", (int, list), [], where)
+        found = found if isinstance(found, list) else [found]
+        if any(type(i) is not int or i < 0 for i in found):
+            raise UhdError(f"{where} field eos_token_id: {found!r} must be a token id or a list of them")
+        ids += found
+    if not ids and kind != "llama":
+        raise UhdError(
+            "config field eos_token_id: missing, in generation_config.json too; add the id that ends a text"
+        )
+    return tuple(dict.fromkeys(ids)) or (LLAMA_EOS,)
 
 
 def _vision(config: dict, tower: dict) -> VisionShape:
     tower = tower.get("vision_config", tower)
-    if config.get("mm_vision_select_layer", -2) != -2:
-        raise UhdError(
-            f"config field mm_vision_select_layer: {config['mm_vision_select_layer']} "
-            "is not supported; expected -2"
-        )
-    if config.get("mm_vision_select_feature", "patch") != "patch":
-        raise UhdError("config field mm_vision_select_feature: only 'patch' is supported")
-    if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UhdError(
-            f"vision config field hidden_act: {tower['hidden_act']!r} is not supported; expected 'quick_gelu'"
-        )
     where = "vision config"
+    layer = optional(config, "mm_vision_select_layer", int, -2)
+    if layer != -2:
+        raise UhdError(f"config field mm_vision_select_layer: {layer} is not supported; expected -2")
+    if optional(config, "mm_vision_select_feature", str, "patch") != "patch":
+        raise UhdError("config field mm_vision_select_feature: only 'patch' is supported")
+    activation = optional(tower, "hidden_act", str, "quick_gelu", where)
+    if activation != "quick_gelu":
+        raise UhdError(f"{where} field hidden_act: {activation!r} is not supported; expected 'quick_gelu'")
     hidden, heads = size(tower, "hidden_size", where=where), size(tower, "num_attention_heads", where=where)
     if hidden % heads:
         raise UhdError(f"{where} field num_attention_heads: {heads} does not divide hidden_size {hidden}")
-    if config.get("mm_hidden_size", hidden) != hidden:
+    expected = size(config, "mm_hidden_size", hidden)
+    if expected != hidden:
         raise UhdError(
-            f"config field mm_hidden_size: {config['mm_hidden_size']} differs from the vision tower's "
-            f"hidden_size {hidden}; pass the matching --vision-tower"
+            f"config field mm_hidden_size: {expected} differs from the vision tower's hidden_size {hidden}; "
+            "pass the matching --vision-tower"
         )
     patch, image_size = size(tower, "patch_size", where=where), size(tower, "image_size", where=where)
     if patch != 14:
