@@ -1,6 +1,12 @@
 """The command line: one group, thin commands, and the place where errors become one line."""
 
+import signal
 import sys
+
+if sys.argv[0].endswith(("uhd-export", "cli.py")) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports below take a moment: until `main` can tell of it, Ctrl-C ends this process without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,12 +17,13 @@ import click
 
 from calibration.command import image_options, quantize, quantized_source, weight_options
 from runtime.errors import UhdError, explain
-from runtime.interrupts import handle_interrupts, interrupted
+from runtime.interrupts import handle_interrupts, was_interrupt
 
 if TYPE_CHECKING:
     from runtime import Pipeline
 
 DEFECT, FAILED, INTERRUPTED = 1, 2, 130
+STOPPED = "interrupted; no unfinished output is left (quantizing goes on when the command is given again)"
 
 
 class OneLineErrors(click.Group):
@@ -25,20 +32,20 @@ class OneLineErrors(click.Group):
     def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
         """Run, and exit with 0, 1 (a defect of the program), 2 (failed) or 130 (interrupted)."""
         args = sys.argv[1:] if args is None else list(args)
-        handle_interrupts()
         try:
+            handle_interrupts()
             code = super().main(args, *rest, **{**options, "standalone_mode": False})
             sys.exit(code if isinstance(code, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.ctx.get_help())
             sys.exit(0)
         except (click.Abort, KeyboardInterrupt):
-            line, code = "interrupted", INTERRUPTED
+            line, code = STOPPED, INTERRUPTED
         except click.ClickException as error:
             hint = f"; see `{error.ctx.command_path} --help`" if getattr(error, "ctx", None) else ""
             line, code = " ".join(error.format_message().split()).rstrip(".") + hint, FAILED
         except Exception as error:
-            line, code = ("interrupted", INTERRUPTED) if interrupted() else (explain(error), FAILED)
+            line, code = (STOPPED, INTERRUPTED) if was_interrupt(error) else (explain(error), FAILED)
             if line is None or "--debug" in args:
                 traceback.print_exc()
             if line is None:
@@ -46,6 +53,15 @@ class OneLineErrors(click.Group):
                 code = DEFECT
         click.echo(f"error: {line}", err=True)
         sys.exit(code)
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command that was named; see `main`."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                raise  # click ends the line on which the terminal shows ^C
+            raise click.Abort from None
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

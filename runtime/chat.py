@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from runtime.conversation import Conversation
+from runtime.interrupts import Terminated, forget_interrupt
 from runtime.pipeline import Pipeline
 from runtime.sampling import Sampling
 
@@ -24,7 +25,7 @@ def answer(
 def chat(pipeline: Pipeline, conversation: Conversation, *, tokens: int, sampling: Sampling) -> None:
     """Read questions from stdin and answer each. An empty line or the end of input ends it.
 
-    Ctrl-C cuts an answer short; between answers it ends the program.
+    Ctrl-C cuts an answer short; between answers it ends the program, as SIGTERM always does.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -32,7 +33,10 @@ def chat(pipeline: Pipeline, conversation: Conversation, *, tokens: int, samplin
     while question := _read(interactive):
         try:
             answer(pipeline, conversation, question, tokens=tokens, sampling=sampling)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
+            forget_interrupt()
             print()
 
 

@@ -15,6 +15,7 @@ import pytest
 import uhd_export.build as build
 import uhd_export.check as check
 import uhd_export.nano.evaluate as evaluate
+from cli import STOPPED
 from runtime.manifest import Parity
 from runtime.pattern import pattern
 
@@ -120,8 +121,43 @@ def test_interrupted_build_leaves_nothing(spoken_checkpoint, tmp_path, name):
     assert leftovers(tmp_path), running.communicate()
     running.send_signal(signal.Signals[name])
     _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors.strip()) == (130, "error: interrupted")
+    assert (running.returncode, errors) == (130, f"error: {STOPPED}\n")
     assert leftovers(tmp_path) == []
+
+
+@pytest.fixture
+def asked(golden_bundle, image_file):
+    """`asked(question)`: a conversation that was asked and has begun a very long answer."""
+    running = []
+
+    def start(*options):
+        arguments = ["run", golden_bundle, image_file, "--max-new-tokens", 3500, "--threads", 1, *options]
+        running.append(process(*arguments, stdin=subprocess.PIPE))
+        running[0].stdin.write("What is this?\n")
+        running[0].stdin.flush()
+        assert running[0].stdout.read(1)
+        return running[0]
+
+    yield start
+    for one in running:
+        one.kill()
+        one.communicate()
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_error_has_its_own_reason(asked):
+    running = asked()
+    running.send_signal(signal.SIGINT)
+    output, errors = running.communicate("<image>\n", timeout=60)
+    assert running.returncode == 2, errors
+    assert output.endswith("\n")
+    assert errors.startswith("error: ") and "<image>" in errors and errors.count("\n") == 1
+
+
+def test_sigterm_ends_a_conversation(asked):
+    running = asked()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == 130
+    assert running.stderr.read() == f"error: {STOPPED}\n"
 
 
 def test_full_disk_leaves_nothing(spoken_checkpoint, tmp_path):

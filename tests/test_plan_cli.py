@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -11,7 +13,8 @@ from click.testing import CliRunner
 from golden import recipe
 from PIL import Image
 
-from cli import OneLineErrors, main
+import cli
+from cli import STOPPED, OneLineErrors, main
 from runtime.errors import UhdError, explain
 from runtime.report import describe_plan
 from runtime.slicing import plan_slices
@@ -127,9 +130,7 @@ def test_what_a_user_gets_wrong_is_one_line(arguments, words):
 )
 def test_failures_are_one_line_with_the_remedy(error, code, words):
     result = run("fail", group=failing(error))
-    # click ends the terminal's ^C line itself.
-    assert result.exit_code == code and result.stderr.lstrip("\n").startswith(f"error: {words}")
-    assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
+    assert one_line(result, code).startswith(words)
 
 
 def test_debug_shows_the_traceback():
@@ -173,7 +174,48 @@ def test_interrupt_of_the_real_process_ends_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.strip() == "error: interrupted"
+    assert stderr == f"error: {STOPPED}\n"
+
+
+def test_ctrl_c_ends_a_terminals_line(monkeypatch):
+    monkeypatch.setattr("cli.sys.stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr("cli.sys.exit", lambda code: None)
+    failing(KeyboardInterrupt()).main(["fail"])
+    assert cli.sys.stderr.getvalue() == f"\nerror: {STOPPED}\n"
+
+
+def test_ctrl_c_while_the_program_starts_is_no_traceback(tmp_path):
+    """A click that waits stands for imports that take long."""
+    (tmp_path / "click.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "cli", "--help"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+def test_an_error_of_our_own_after_an_interrupt_has_its_own_reason():
+    group = OneLineErrors("uhd-export")
+
+    @group.command()
+    def swallowed():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise UhdError("too large")
+
+    @group.command()
+    def replaced():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise UhdError("cannot load it") from None
+
+    assert one_line(run("swallowed", group=group), 2) == "too large"
+    assert one_line(run("replaced", group=group), 130) == STOPPED
 
 
 def test_plan_loads_no_torch():
