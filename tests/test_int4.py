@@ -312,6 +312,36 @@ def test_a_gptq_checkpoint_reads_like_a_plain_one(tmp_path, layer, form):
     np.testing.assert_allclose(_run(tmp_path / "gptq.onnx", x), x @ layer.dequantize().T, atol=1e-4)
 
 
+# As optimum 2.3.0 with gptqmodel 7.6.0 writes them: with sym=True its zero points are of version 1.
+OPTIMUM = {
+    "act_group_aware": True, "bits": 4, "damp_percent": 0.1, "dataset": ["a text"], "desc_act": False,
+    "format": "gptq_v2", "group_size": 32, "meta": {"quantizer": ["optimum:2.3.0", "gptqmodel:7.6.0"]},
+    "modules_in_block_to_quantize": None, "quant_method": "gptq", "sym": True, "true_sequential": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", ["gptq", "gptq_v2"])
+def test_zero_points_of_symmetric_checkpoints_tell_their_version(tmp_path, written):
+    weight = round_to_nearest(np.random.default_rng(5).standard_normal((16, 96), dtype=np.float32), 32)
+    parts = pack_gptq(weight, written)
+    word = {"gptq": 0x77777777, "gptq_v2": 0x88888888}[written]
+    assert (parts["qzeros"].view(np.uint32) == word).all()
+    tensors = {f"{name}.{part}": a.copy() for name in ("q", "k") for part, a in parts.items()}
+    checkpoint = open_checkpoint(_write(tmp_path / "optimum", tensors, OPTIMUM))
+    assert checkpoint.symmetric("q")
+    np.testing.assert_array_equal(checkpoint.tensor("q.weight").numpy(), weight.dequantize())
+
+
+@pytest.mark.parametrize("other", ["another version", "no middle"])
+def test_zero_points_that_contradict_the_config_are_named(tmp_path, layer, other):
+    parts = pack_gptq(round_to_nearest(np.ones((16, 96), np.float32), 32))
+    tensors = {f"k.{part}": a for part, a in parts.items()}
+    odd = layer if other == "no middle" else round_to_nearest(np.ones((16, 96), np.float32), 32)
+    tensors |= {f"q.{part}": a for part, a in pack_gptq(odd, "gptq_v2").items()}
+    with pytest.raises(UhdError, match=r"quantization_config\.sym is true, but tensor q\.qzeros"):
+        open_checkpoint(_write(tmp_path / "mixed", tensors, OPTIMUM))
+
+
 def test_settings_beside_the_config_are_read(tmp_path, layer):
     folder = _write(tmp_path / "old", {f"q.{k}": v for k, v in pack_gptq(layer).items()}, None)
     assert open_checkpoint(folder).names() == {f"q.{k}" for k in pack_gptq(layer)}
