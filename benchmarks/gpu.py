@@ -6,7 +6,8 @@
 - `vision_engines`: the same graph in TensorRT, with plugins and without, and in ONNX Runtime's CUDA provider;
 - `decode`: an int4 model of Vicuna-7B's size, a token over its bandwidth floor, in both.
 
-Random weights. Needs a CUDA GPU and PyTorch built for it; what else is missing is named under its part.
+Random weights. Needs a CUDA GPU and PyTorch built for it; what else is missing, and what fails, is named
+under its part, and the others are measured all the same. Exits with 1 where something failed.
 
     python benchmarks/gpu.py [--part kernels] [--layers 32] [--repeats 20] [--json FILE]
 """
@@ -21,22 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from attempts import attempt, failures, require
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
+
 PARTS = ("kernels", "vision", "vision_engines", "decode")
 MISSING = 2
 DEVICE = "cuda"
 LIMIT = 5e-2  # relative error of float16 against float32
 CONTEXT, PROMPT, STEPS = 2048, 1066, 64
-
-
-class Wrong(Exception):
-    """A result that differs from its reference: no time is reported for it."""
-
-
-def require(what: str, error: float, limit: float = LIMIT) -> float:
-    """`error`, or Wrong where it is over `limit` (or not a number)."""
-    if not error < limit:
-        raise Wrong(f"{what}: relative error {error:.1e}, over the limit of {limit:.0e}")
-    return error
 
 
 def relative(actual: Sequence, expected: Sequence) -> float:
@@ -47,9 +41,10 @@ def relative(actual: Sequence, expected: Sequence) -> float:
     return float(max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs))
 
 
-def wall(run: Callable[[], object], repeats: int) -> float:
-    """Median seconds of `run`, which returns when the work is done."""
-    for _ in range(3):
+def wall(run: Callable[[], object], repeats: int, warm: float) -> float:
+    """Median seconds of `run`, which returns when the work is done, after `warm` seconds of it."""
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < warm:
         run()
     times = []
     for _ in range(repeats):
@@ -62,12 +57,9 @@ def wall(run: Callable[[], object], repeats: int) -> float:
 def measure_kernels(options: argparse.Namespace, machine: dict) -> dict:
     """benchmarks/kernels.py in float16."""
     import kernels
-    import torch
 
     device = kernels.find_device(machine["gpu"])
-    cases = kernels.cases(torch.float16)
-    rows = [kernels.measure(case, "float16", device, options.repeats) for case in cases]
-    return {"floor_of": device.name, "cases": rows}
+    return {"floor_of": device.name, "cases": kernels.measure_all("float16", device, options.repeats)}
 
 
 def measure_vision(options: argparse.Namespace, machine: dict) -> dict:
@@ -82,27 +74,38 @@ def measure_vision(options: argparse.Namespace, machine: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder))
         expected = exact_tokens(checkpoint, CROPS)
-        kinds = {"eager": gpu_vision.Released, "compiled": gpu_vision.Compiled, "ours": gpu_vision.Ours}
-        result: dict = {"crops": CROPS}
-        for name, kind in kinds.items():
+
+        def measured(kind: type) -> dict:
             model = kind(checkpoint, DEVICE, torch.float16)
             batches = [model.batch(shape) for shape in CROPS]
             tokens = [model.encode(batch).float().cpu() for batch in batches]
-            error = require(f"vision, {name}", relative(tokens, expected))
-            result[name] = {"error": error, **stages(model, batches, options.repeats)}
-            if name == "ours":
-                products = [gpu_vision.vit_products(model, batch) for batch in batches]
-                run = lambda p=products: [one() for one in p]  # noqa: E731
-                result["vit_products_ms"] = kernels.milliseconds(run, options.repeats)["median"]
-            del model, batches
+            error = require(f"vision, {kind.__name__}", relative(tokens, expected), LIMIT)
+            products = [gpu_vision.vit_products(model, batch) for batch in batches]
+            least = kernels.milliseconds(lambda: [run() for run in products], options.repeats)["median"]
+            return {"error": error, **stages(model, batches, options.repeats), "vit_products_ms": least}
+
+        # Ours first: what goes wrong later costs comparisons only.
+        kinds = {"ours": gpu_vision.Ours, "eager": gpu_vision.Released, "compiled": gpu_vision.Compiled}
+        result: dict = {"crops": CROPS}
+        for name, kind in kinds.items():
+            result[name] = attempt(lambda k=kind: measured(k))
             torch.cuda.empty_cache()
-    ours, eager = result["ours"], result["eager"]
-    result["projector_speedup"] = sum(eager[s] for s in ("jbu_ms", "hiwin_ms")) / sum(
-        ours[s] for s in ("jbu_ms", "hiwin_ms")
-    )
-    result["vision_speedup"] = eager["all_ms"] / ours["all_ms"]
-    result["over_vit_products"] = ours["all_ms"] / result["vit_products_ms"]
+    ours = result["ours"]
+    if "all_ms" in ours:
+        result["over_vit_products"] = ours["all_ms"] / ours["vit_products_ms"]
+    for name in ("eager", "compiled"):
+        if "all_ms" in ours and "all_ms" in result[name]:
+            result[f"speedup_{name}"] = speedups(ours, result[name])
     return result
+
+
+def speedups(ours: dict, theirs: dict) -> dict:
+    """How many times as fast as theirs our projector and our whole vision path are."""
+
+    def projector(times: dict) -> float:
+        return times["jbu_ms"] + times["hiwin_ms"]
+
+    return {"projector": projector(theirs) / projector(ours), "vision": theirs["all_ms"] / ours["all_ms"]}
 
 
 def stages(model: object, batches: list, repeats: int) -> dict:
@@ -142,21 +145,17 @@ def measure_vision_engines(options: argparse.Namespace, machine: dict) -> dict:
             engine = gpu_engines.vision_engine(graph, config, capability, plugins=plugins)
             return gpu_engines.tensorrt_encode(engine, CROPS)
 
+        def measured(name: str, make: Callable) -> dict:
+            run = make()
+            error = require(f"vision, {name}", relative(run(fetch=True), expected), LIMIT)
+            return {"error": error, "all_ms": 1e3 * wall(run, options.repeats, gpu_engines.WARM_SECONDS)}
+
         made = {
             "tensorrt_plugins": lambda: tensorrt(True),
             "tensorrt_plain": lambda: tensorrt(False),
             "onnxruntime_cuda": lambda: gpu_engines.onnxruntime_encode(graph, CROPS),
         }
-        result = {}
-        for name, make in made.items():
-            try:
-                run = make()
-            except gpu_engines.Unavailable as reason:
-                result[name] = {"not_measured": str(reason)}
-                continue
-            error = require(f"vision, {name}", relative(run(fetch=True), expected))
-            result[name] = {"error": error, "all_ms": 1e3 * wall(run, options.repeats)}
-    return result
+        return {name: attempt(lambda n=name, m=make: measured(n, m)) for name, make in made.items()}
 
 
 def exact_tokens(checkpoint: Path, shapes: Sequence[tuple[int, int, int]]) -> list:
@@ -177,29 +176,24 @@ def measure_decode(options: argparse.Namespace, machine: dict) -> dict:
 
     fields = {**VICUNA_7B, "num_hidden_layers": options.layers, "max_position_embeddings": CONTEXT}
     config, bandwidth = llama_config(fields), kernels.find_device(machine["gpu"]).bandwidth
+
+    def measured(kind: str, folder: Path) -> dict:
+        error = gpu_engines.language_error(config, folder, kind, machine["capability"])
+        error = require(f"decode, {kind}", error, LIMIT)
+        engine, _ = gpu_engines.language_engine(config, folder, kind, machine["capability"], CONTEXT)
+        with engine:
+            times = gpu_engines.decode_times(engine, config, CONTEXT, PROMPT, STEPS)
+            # Positions in use while decoding, of those that the cache has room for.
+            cache = times["kv_bytes"] * (PROMPT + STEPS / 2) / CONTEXT
+            floor = (engine.weight_bytes + cache) / bandwidth
+            over = times["step_seconds"] / floor
+            bytes_ = {"weight_bytes": engine.weight_bytes}
+            return {"error": error, **bytes_, **times, "floor_seconds": floor, "over_floor": over}
+
     result: dict = {"layers": options.layers, "prompt": PROMPT, "context": CONTEXT}
     for kind in ("tensorrt", "onnxruntime"):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            try:
-                error = gpu_engines.language_error(config, folder, kind, machine["capability"])
-                error = require(f"decode, {kind}", error)
-                engine, _ = gpu_engines.language_engine(config, folder, kind, machine["capability"], CONTEXT)
-            except gpu_engines.Unavailable as reason:
-                result[kind] = {"not_measured": str(reason)}
-                continue
-            with engine:
-                times = gpu_engines.decode_times(engine, config, CONTEXT, PROMPT, STEPS)
-                # Positions in use while decoding, of those that the cache has room for.
-                cache = times["kv_bytes"] * (PROMPT + STEPS / 2) / CONTEXT
-                floor = (engine.weight_bytes + cache) / bandwidth
-                result[kind] = {
-                    "error": error,
-                    "weight_bytes": engine.weight_bytes,
-                    **times,
-                    "floor_seconds": floor,
-                    "over_floor": times["step_seconds"] / floor,
-                }
+        with tempfile.TemporaryDirectory() as folder:
+            result[kind] = attempt(lambda k=kind, f=Path(folder): measured(k, f))
     return result
 
 
@@ -239,13 +233,13 @@ def main() -> None:
     result: dict = {"machine": describe_machine()}
     for part in options.part or PARTS:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        try:
-            result[part] = globals()[f"measure_{part}"](options, result["machine"])
-        except Wrong as error:
-            sys.exit(f"benchmarks/gpu.py: {error}")
+        measure = globals()[f"measure_{part}"]
+        result[part] = attempt(lambda m=measure: m(options, result["machine"]))
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
+    if failed := list(failures(result)):
+        sys.exit("\n".join(f"benchmarks/gpu.py: {line}" for line in failed))
 
 
 if __name__ == "__main__":

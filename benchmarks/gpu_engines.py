@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from attempts import Unavailable
 
 from runtime.decoder import Decoder
 from runtime.engine import Engine, open_engine
@@ -28,11 +29,10 @@ from uhd_export.tensorrt import EngineOptions, build_engine, language_profiles, 
 from uhd_export.tensorrt.options import supported_capabilities
 
 GROUP = 128
+# Memory is taken and kernels are compiled in the first runs; TensorRT-RTX goes on compiling for the shapes at
+# hand in the background.
+WARM_SECONDS = 5.0
 Shape = tuple[int, int, int]
-
-
-class Unavailable(Exception):
-    """What cannot be measured here, and why."""
 
 
 def choose_backend(capability: str) -> str:
@@ -97,6 +97,8 @@ def onnxruntime_encode(graph: Path, shapes: Sequence[Shape]) -> Callable[[], lis
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise Unavailable("this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu")
     session = ort.InferenceSession(graph, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    if "CUDAExecutionProvider" not in session.get_providers():  # its libraries do not load
+        raise Unavailable("ONNX Runtime cannot use CUDA here; check the driver and the CUDA libraries")
     bindings = []
     for shape in shapes:
         binding = session.io_binding()
@@ -189,9 +191,12 @@ def language_error(config: LanguageShape, folder: Path, kind: str, capability: s
 def decode_times(engine: Engine, config: LanguageShape, context: int, prompt: int, steps: int) -> dict:
     """Seconds of a prefill of `prompt` positions, and of each of `steps` decoded after it."""
     decoder, embeds = Decoder(engine, context), random_embeds(config, prompt + steps)
-    decoder.prefill(embeds[:, :prompt])  # kernels are compiled and memory is taken here
-    for _ in range(3):
-        decoder.step(embeds[0, 0])
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < WARM_SECONDS:
+        decoder.rewind(0)
+        decoder.prefill(embeds[:, :prompt])
+        for i in range(prompt, prompt + 4):
+            decoder.step(embeds[0, i])
     decoder.rewind(0)
     start = time.perf_counter()
     decoder.prefill(embeds[:, :prompt])

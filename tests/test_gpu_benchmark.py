@@ -17,8 +17,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch):
-    """The scripts' folder on the path, and no gradients, as in the script."""
+    """The scripts' folder on the path, no gradients, as in the script, and no warming up."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_engines
+
+    monkeypatch.setattr(gpu_engines, "WARM_SECONDS", 0.0)
     with torch.no_grad():
         yield
 
@@ -34,13 +37,38 @@ def test_it_refuses_without_a_gpu(tmp_path):
 
 
 def test_a_wrong_result_has_no_time():
+    import attempts
     import gpu
 
-    assert gpu.require("x", 1e-3) == 1e-3
+    assert attempts.require("x", 1e-3, 1e-2) == 1e-3
     for error in (1.0, float("nan")):
-        with pytest.raises(gpu.Wrong, match="x: relative error"):
-            gpu.require("x", error)
+        with pytest.raises(attempts.Wrong, match="x: relative error"):
+            attempts.require("x", error, 1e-2)
     assert gpu.relative([np.ones(3), torch.zeros(2)], [np.ones(3), torch.ones(2)]) == 1.0
+
+
+def test_a_failure_costs_its_own_figure_only(monkeypatch, capsys, tmp_path):
+    import gpu
+
+    def fails(*_):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "one"})
+    monkeypatch.setattr(gpu, "measure_kernels", fails)
+    monkeypatch.setattr(gpu, "measure_decode", lambda *_: {"step": 1})
+    arguments = ["gpu.py", "--part", "kernels", "--part", "decode", "--json", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == "benchmarks/gpu.py: kernels: RuntimeError: out of memory"
+    result = json.loads(capsys.readouterr().out)
+    assert result == {
+        "machine": {"gpu": "one"},
+        "kernels": {"failed": "RuntimeError: out of memory"},
+        "decode": {"step": 1},
+    }
+    assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
 @pytest.fixture
@@ -142,7 +170,8 @@ def test_every_part_on_a_tiny_model(golden_checkpoint, tmp_path, monkeypatch):
     for name in ("eager", "compiled", "ours"):
         assert 0 < vision[name]["error"] < 5e-2
         assert {f"{stage}_ms" for stage in ("vit", "jbu", "hiwin", "all")} <= vision[name].keys()
-    assert vision["projector_speedup"] == vision["over_vit_products"] == 1.0
+    assert vision["over_vit_products"] == 1.0
+    assert vision["speedup_eager"] == vision["speedup_compiled"] == {"projector": 1.0, "vision": 1.0}
     engines = gpu.measure_vision_engines(options, machine)
     assert "no target for compute capability 9.0" in engines["tensorrt_plugins"]["not_measured"]
     assert "no CUDA provider" in engines["onnxruntime_cuda"]["not_measured"]
