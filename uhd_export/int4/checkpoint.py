@@ -14,8 +14,6 @@ from uhd_export.int4.words import FORMATS, group_order, unpack_gptq
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # Words of eight zero points in the middle of the range, by format.
 _MIDDLE = {"gptq": 0x77777777, "gptq_v2": -0x77777778}
-# Words of eight zero points in the middle of the range, by format.
-_MIDDLE = {"gptq": 0x77777777, "gptq_v2": -0x77777778}
 
 
 def gptq_config(folder: Path) -> dict | None:
@@ -71,8 +69,6 @@ class GptqCheckpoint(Checkpoint):
             )
         if self.settings.get("sym"):
             self.format = self._symmetric_format()
-        if self.settings.get("sym"):
-            self.format = self._symmetric_format()
         for module in self._modules:
             self._where[f"{module}.weight"] = None
         self._recent: tuple[str, QuantizedWeight] | None = None
@@ -91,23 +87,6 @@ class GptqCheckpoint(Checkpoint):
                     f"checkpoint {self.folder}: config field quantization_config.sym is true, but tensor "
                     f"{module}.qzeros is neither all 0x77777777 nor all 0x88888888 as in the other layers; "
                     "set the field to false if its zero points differ, or quantize the checkpoint again"
-                )
-        return found.pop()
-
-    def _symmetric_format(self) -> str:
-        """The format that the zero points show, which are all the middle of the range where `sym` is true.
-
-        Optimum's config says "gptq_v2" where they are of version 1.
-        """
-        found = set()
-        for module in sorted(self._modules):
-            zeros = super().tensor(f"{module}.qzeros")
-            found |= {form for form, word in _MIDDLE.items() if (zeros == word).all()} or {None}
-            if None in found or len(found) > 1:
-                raise UhdError(
-                    f"checkpoint {self.folder}: config field quantization_config.sym is true, but tensor "
-                    f"{module}.qzeros is not {' nor '.join(_hex(w) for w in _MIDDLE.values())} throughout, "
-                    "the same in every layer; quantize it again, or set the field to false"
                 )
         return found.pop()
 
