@@ -1,12 +1,13 @@
 """Memory of this machine and this process, where the operating system tells."""
 
-import contextlib
+import json
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -25,17 +26,10 @@ def available_memory() -> int | None:
     return max(min(free, limit - used), 0)
 
 
-def reset_peak() -> None:
-    """Forget the peak that `peak_memory` tells, where the system can (Linux); elsewhere it stays."""
-    # "5" resets the peak of resident memory: proc(5), /proc/pid/clear_refs.
-    with contextlib.suppress(OSError):
-        _CLEAR_REFS.write_text("5")
-
-
 def peak_memory() -> int | None:
-    """The most resident memory of this process since `reset_peak`, in bytes; None where it is not known.
+    """The most resident memory of this process so far, in bytes; None where it is not known.
 
-    Where the peak cannot be reset (macOS), it is the most since the process began.
+    On Linux it is this process's alone, where getrusage(2) also tells what its parent had when it forked.
     """
     try:
         lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
@@ -48,3 +42,20 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_apart(function: Callable[..., object], **arguments: object) -> int | None:
+    """The peak of a process of its own that does nothing but `function(**arguments)`.
+
+    `function` is one of a module, the arguments go as JSON. None where the process failed, as for lack of
+    memory, or where the system does not tell.
+    """
+    code = (
+        "import json, sys; from runtime.memory import peak_memory; "
+        f"from {function.__module__} import {function.__name__} as function; "
+        "function(**json.load(sys.stdin)); print(json.dumps(peak_memory()))"
+    )
+    # Not multiprocessing, which would run the program again that this one is part of.
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.profiler import ModeProfile, Profile, Spread
+from runtime.profiler import EngineMemory, ModeProfile, Profile, Spread
 from runtime.report import format_bytes
 
 # LLaVA-UHD v2, Table 4: hours of training, seconds of latency, gigabytes.
@@ -18,19 +18,20 @@ PAPER_NOTE = (
     "ratios of its FLOPs fit one forward pass, so it is set beside the time to the first token."
 )
 MEMORY_NOTE = (
-    "Peak memory is of the whole process, weights and image included, in the first run of each mode; the "
-    "engine keeps what earlier modes needed, so that it can only grow from row to row."
+    "Peak memory is of a process of its own for each mode, weights and image included, that opens the bundle "
+    "and answers twice: with the second answer ONNX Runtime settles for a layout of its memory, and it stays."
 )
 SPLIT_NOTE = (
-    "ViT, JBU and Hiwin are one graph: its time is divided by the shares of its nodes in a trace of a "
-    "separate session, where nodes that graph optimizations renamed count with the stage they run in."
+    "ViT, JBU and Hiwin are one graph: its median time is divided by the shares of its nodes in a trace of a "
+    "separate session, three runs after two that warm up; nodes that graph optimizations renamed count with "
+    "the stage they run in."
 )
 _NAMES = {
     "pixels": "slicing and pixels",
     "vision": "vision",
-    "vit": "ViT",
-    "jbu": "JBU",
-    "hiwin": "Hiwin",
+    "vit": "  ViT",
+    "jbu": "  JBU",
+    "hiwin": "  Hiwin",
     "prefill": "prefill",
     "decode": "decode, a token",
 }
@@ -73,7 +74,10 @@ def print_profile(profile: Profile, console: Console | None = None) -> None:
         f"weights {format_bytes(profile.weight_bytes)}; KV cache {format_bytes(profile.kv_bytes)} for "
         f"{profile.positions} positions, {format_bytes(profile.kv_bytes_allocated)} allocated"
     )
-    console.print(f"[dim]{MEMORY_NOTE}[/dim]")
+    for name, memory in profile.engines.items():
+        console.print(_engine(name, memory))
+    if any(mode.peak_bytes is not None for mode in profile.modes):
+        console.print(f"[dim]{MEMORY_NOTE}[/dim]")
     console.print(f"[dim]{PAPER_NOTE}[/dim]")
     if profile.vision_split:
         console.print(f"[dim]{SPLIT_NOTE}[/dim]")
@@ -127,7 +131,7 @@ def _modes(profile: Profile) -> Table:
 
 def _mode_cells(mode: ModeProfile) -> list[str]:
     hours, latency, gigabytes = PAPER[mode.grid]
-    peak = "unknown" if mode.peak_bytes is None else format_bytes(mode.peak_bytes)
+    peak = "not taken" if mode.peak_bytes is None else format_bytes(mode.peak_bytes)
     return [
         mode.grid,
         _milliseconds(mode.first_token),
@@ -139,5 +143,19 @@ def _mode_cells(mode: ModeProfile) -> list[str]:
     ]
 
 
+def _engine(name: str, memory: EngineMemory) -> str:
+    weights = "unknown" if memory.weight_bytes is None else format_bytes(memory.weight_bytes)
+    text = (
+        f"{name} engine on the device: weights {weights}, {format_bytes(memory.used_bytes)} beside them here"
+    )
+    if memory.most_scratch_bytes is not None:
+        text += f", {format_bytes(memory.most_scratch_bytes)} for activations of the largest shapes"
+    return text
+
+
 def _milliseconds(spread: Spread) -> str:
-    return f"{spread.median * 1e3:,.1f} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"
+    """The median, with the spread where there is one."""
+    text = f"{spread.median * 1e3:,.1f}"
+    if spread.low == spread.high:
+        return text
+    return f"{text} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from runtime.flops import Grid
 from runtime.geometry import GRID_MODES
 from runtime.machine import machine
 from runtime.manifest import Manifest, part_files
-from runtime.memory import peak_memory, reset_peak
+from runtime.memory import available_memory, peak_apart, peak_memory
 from runtime.pattern import pattern
 from runtime.pipeline import Pipeline
 from runtime.pixels import cut
@@ -44,10 +45,6 @@ class Spread:
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return Spread(median, low, high)
 
-    def times(self, share: float) -> "Spread":
-        """Scaled by `share`."""
-        return Spread(self.median * share, self.low * share, self.high * share)
-
 
 @dataclass(frozen=True)
 class StageProfile:
@@ -64,10 +61,10 @@ class StageProfile:
 
 @dataclass(frozen=True)
 class ModeProfile:
-    """One grid mode. `decode` is one token; `first_token` runs from the opened image to the first token.
+    """One grid mode: "vit", "jbu" and "hiwin" are parts of "vision", and "decode" is one token.
 
-    `peak_bytes` is the most resident memory of the process in the mode's first run, None where the
-    system does not tell.
+    `first_token` runs from the opened image to the first token. `peak_bytes` is the most resident memory of
+    a process that only opens the bundle and answers in this mode, None where not measured: see `_peak`.
     """
 
     grid: str
@@ -75,6 +72,19 @@ class ModeProfile:
     first_token: Spread
     tokens_per_second: float
     peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Device memory of one engine, in bytes, as it tells itself.
+
+    `used_bytes` is what these runs needed beside weights and KV cache; `most_scratch_bytes`, where the
+    engine knows, what activations take at the largest shapes. Engines share the memory of activations.
+    """
+
+    weight_bytes: int | None
+    used_bytes: int
+    most_scratch_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Profile:
     kv_bytes: int
     kv_bytes_allocated: int
     vision_split: bool
+    engines: dict[str, EngineMemory]
     modes: tuple[ModeProfile, ...]
 
 
@@ -120,12 +131,12 @@ def profile_pipeline(
     if repeats < 1 or new_tokens < 1:
         raise UhdError(f"profile: {repeats} repeats of {new_tokens} tokens; use at least 1 of each")
     sequences = _sequences(pipeline, size, grids, new_tokens)
-    peaks, runs = {}, {grid: [] for grid in grids}
-    for grid, sequence in sequences.items():
-        # The peak is of the first run: later ones also hold what the engine kept from other modes.
-        reset_peak()
+    for sequence in sequences.values():
         _run_once(pipeline, sequence, new_tokens)
-        peaks[grid] = peak_memory()
+        on_step()
+    peaks, runs = {}, {grid: [] for grid in grids}
+    for grid in grids:
+        peaks[grid] = _peak(pipeline, size, grid, new_tokens, device=device, threads=threads)
         on_step()
     for _ in range(repeats):
         for grid, sequence in sequences.items():
@@ -153,6 +164,7 @@ def profile_pipeline(
         kv_bytes=round(cache.kv_bytes * len(sequence) / cache.context),
         kv_bytes_allocated=cache.kv_bytes,
         vision_split=all(VISION_STAGES[0] in mode.stages for mode in modes),
+        engines=_engines(pipeline),
         modes=tuple(modes),
     )
 
@@ -162,7 +174,46 @@ _WEIGHTS = ("onnx", "data", "engine", "npy")
 
 def steps(grids: Sequence[str], repeats: int) -> int:
     """How often `profile_pipeline` calls `on_step`."""
-    return len(grids) * (repeats + 2)
+    return len(grids) * (repeats + 3)
+
+
+def answer_twice(
+    bundle: str, size: Size, new_tokens: int, *, device: str, threads: int | None, **settings: Any
+) -> None:
+    """Open `bundle` with `settings` (see `Pipeline.open`) and answer twice, as runs of the profile do.
+
+    Twice because ONNX Runtime lays its memory out anew for shapes that it has seen before, and takes more
+    (nano: 473 MB after 300); from then on its peak stays.
+    """
+    with Pipeline.open(bundle, device=device, threads=threads, **settings) as pipeline:
+        (sequence,) = _sequences(pipeline, size, [settings["grid"]], new_tokens).values()
+        for _ in range(2):
+            _run_once(pipeline, sequence, new_tokens)
+
+
+def _peak(
+    pipeline: Pipeline, size: Size, grid: str, new_tokens: int, *, device: str, threads: int | None
+) -> int | None:
+    """The most resident memory of `answer_twice` in mode `grid`; None where it was not measured.
+
+    In a process of its own, because engines keep what other modes needed. It loads the bundle again: not
+    onto a GPU, and not where this process's peak says that there is no room for another.
+    """
+    room, needed = available_memory(), peak_memory()
+    if device != "cpu" or (room is not None and needed is not None and room < needed):
+        return None
+    return peak_apart(
+        answer_twice,
+        bundle=str(pipeline.folder),
+        size=size,
+        new_tokens=new_tokens,
+        device=device,
+        threads=threads,
+        context=pipeline.decoder.decoder.context,
+        grid=grid,
+        max_slices=pipeline.run.max_slices,
+        resize=pipeline.run.resize,
+    )
 
 
 def _sequences(
@@ -185,6 +236,18 @@ def _sequences(
             "use a smaller --size or fewer --tokens"
         )
     return sequences
+
+
+def _engines(pipeline: Pipeline) -> dict[str, EngineMemory]:
+    """Device memory by part; empty where a backend does not tell."""
+    parts = {"vision": pipeline.vision, "language": pipeline.language}
+    return {
+        name: EngineMemory(
+            engine.weight_bytes, engine.device_bytes, getattr(engine, "most_scratch_bytes", None)
+        )
+        for name, engine in parts.items()
+        if engine.device_bytes is not None
+    }
 
 
 def _vision_shares(
@@ -214,12 +277,13 @@ def _summarise(
     decode = Spread.of([step for run in runs for step in run["decode"]])
     costs = _flops(shown.plan.patch_grids, pipeline.manifest, len(sequence), shown.grid)
     stages = {"pixels": StageProfile(seconds["pixels"], None)}
-    if shares:
-        for stage, share in shares.items():
-            if share > 0:
-                stages[stage] = StageProfile(seconds["vision"].times(share), costs[stage])
-    else:
-        stages["vision"] = StageProfile(seconds["vision"], sum(costs[stage] for stage in VISION_STAGES))
+    vision = sum(costs[stage] for stage in VISION_STAGES)
+    stages["vision"] = StageProfile(seconds["vision"], vision)
+    for stage, share in shares.items():
+        if share > 0:
+            # One figure without a spread: that of the whole says nothing of the shares.
+            part = Spread.of([seconds["vision"].median * share])
+            stages[stage] = StageProfile(part, costs[stage])
     stages["prefill"] = StageProfile(seconds["prefill"], costs["prefill"])
     stages["decode"] = StageProfile(decode, costs["decode"])
     first = Spread.of([run["pixels"] + run["vision"] + run["prefill"] for run in runs])

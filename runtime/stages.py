@@ -18,8 +18,9 @@ VISION_STAGES = ("vit", "jbu", "hiwin")
 _INLINED = {"_inlfunc_JBU": "jbu", "_inlfunc_WindowAttention": "hiwin"}
 
 # The first run allocates as it goes; in the second ONNX Runtime lays its memory out anew, by the shapes it
-# has seen, and whichever stage touches new pages first seems slow. From the third on shares stay the same.
-_RUNS = 3
+# has seen, and whichever stage touches new pages first seems slow. From the third on shares stay the same
+# but for noise, of which several runs together have less.
+_WARM_UPS, _RUNS = 2, 3
 
 _NAMED = re.compile(rf"(?<!\w)({'|'.join(VISION_STAGES)})/")
 
@@ -36,17 +37,17 @@ def vision_shares(
 ) -> dict[str, float]:
     """Share of each stage (they sum to 1) in the graph or engine at `path`, run on `batches` in turn.
 
-    A session of its own with profiling on runs everything `_RUNS` times; the last counts. Empty where an
-    engine has fused stages together, so that its layers do not tell.
+    A session of its own with profiling on runs everything `_WARM_UPS` times, then `_RUNS` times that count.
+    Empty where an engine has fused stages together, so that its layers do not tell.
     """
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "vision"
         with open_engine(path, backend, device=device, threads=threads, profile=prefix) as engine:
-            for _ in range(_RUNS):
+            for _ in range(_WARM_UPS + _RUNS):
                 for feeds in batches:
                     engine.infer(feeds)
             trace = engine.end_profile()
-        shares = stage_shares(json.loads(trace.read_text(encoding="utf-8")), len(batches))
+        shares = stage_shares(json.loads(trace.read_text(encoding="utf-8")), _RUNS * len(batches))
     return shares if shares.get(VISION_STAGES[-1]) else {}
 
 
