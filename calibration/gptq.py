@@ -144,8 +144,7 @@ class Run:
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden, self.config.eps)
         self.checkpoint.load_into(norm, "model.norm.", torch.float32)
-        name = "model.embed_tokens.weight" if self.config.tied else "lm_head.weight"
-        head = self.checkpoint.tensor(name, torch.float32)
+        head = self.checkpoint.tensor(self.checkpoint.head(self.config.tied), torch.float32)
         expected, rtn, gptq = (
             F.linear(norm(self.states[state].last_rows(self.judged)), head)
             for state in (HELD_OUT, WITH_RTN, WITH_GPTQ)

@@ -98,6 +98,24 @@ def test_rounded_weights_and_head_are_held_to_their_integers(plain, tmp_path):
     assert check_bundle(out, checkpoint=plain).ok
 
 
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_the_head_of_a_tied_model_is_rounded_and_its_embeddings_are_not(plain, tmp_path, head):
+    folder, out = tmp_path / "tied", tmp_path / "out"
+    folder.mkdir()
+    for name in ("tokenizer.json", "clip"):
+        (folder / name).symlink_to(plain / name)
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    raw = json.loads((plain / "config.json").read_text())
+    raw |= {"mm_vision_tower": "clip", "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(raw))
+    manifest = build_bundle(folder, out, lm_head=head, activations="float")
+    assert _parity(manifest)["logits"] < 1e-5
+    table = tensors["model.embed_tokens.weight"].float().numpy()
+    np.testing.assert_array_equal(np.load(out / "embeddings.npy"), table)
+
+
 def test_int8_activations_have_a_wider_limit(plain, tmp_path):
     manifest = build_bundle(plain, tmp_path / "out", vision_tower=plain / "clip", weights="int4-rtn")
     assert manifest.quantization.group == 64

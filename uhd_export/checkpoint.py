@@ -165,6 +165,10 @@ class Checkpoint:
         tensor = self._handle(name).get_tensor(name)
         return tensor if dtype is None else tensor.to(dtype)
 
+    def head(self, tied: bool) -> str:
+        """The name of the language model's output matrix; the embedding table's where they are `tied`."""
+        return "model.embed_tokens.weight" if tied else "lm_head.weight"
+
     def _handle(self, name: str) -> Any:
         if name not in self._where:
             raise UhdError(f"checkpoint {self.folder}: tensor {name} is missing")

@@ -82,7 +82,7 @@ def streamed_logits(checkpoint: Checkpoint, config: ModelConfig, embeds: np.ndar
     with torch.device("meta"):
         norm = RMSNorm(language.hidden, language.eps)
     checkpoint.load_into(norm, "model.norm.", torch.float32)
-    head = checkpoint.tensor(_EMBED_TOKENS if language.tied else "lm_head.weight", torch.float32)
+    head = checkpoint.tensor(checkpoint.head(language.tied), torch.float32)
     return F.linear(norm(x[0, -last:]), head).numpy()
 
 
