@@ -59,9 +59,10 @@ class Context:
         """Memory of the buffers that belong to this context."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, DeviceArray]:
+    def run(self, feeds: Mapping[str, Array], *, own: bool = False) -> dict[str, DeviceArray]:
         """Queue one run; the outputs that are not bound, valid until the next run of this context.
 
+        With `own`, those that are not updated in place lie in memory of their own, and stay valid.
         Raises UhdError where no profile holds the shapes, or the run cannot be queued.
         """
         places = {**self._bound, **{name: self._place(name, feed) for name, feed in feeds.items()}}
@@ -71,7 +72,12 @@ class Context:
             self._set_shapes(shapes)
             self._place_outputs(places)
             self._shapes = shapes
-        for name, array in {**places, **self._outputs}.items():
+        outputs = dict(self._outputs)
+        if own:
+            for name in outputs.keys() - self._record.aliases.keys():
+                array = outputs[name]
+                outputs[name] = DeviceArray.allocate(self._cuda, array.shape, array.dtype)
+        for name, array in {**places, **outputs}.items():
             if self._addresses.get(name) != array.address:
                 self.context.set_tensor_address(name, array.address)
                 self._addresses[name] = array.address
@@ -79,7 +85,7 @@ class Context:
             self.context.set_device_memory(self._scratch.address, self._scratch.nbytes)
             self._addresses[_SCRATCH] = self._scratch.address
         self._queue()
-        return dict(self._outputs)
+        return outputs
 
     def close(self) -> None:
         """Free the context, its graphs and buffers."""

@@ -77,7 +77,9 @@ class TensorrtEngine(Engine):
         """As `infer`, but the outputs are arrays of their own on the device."""
         check_feeds(feeds, self.inputs, {})
         with self._plugin_errors():
-            return {name: self._keep(array) for name, array in self._alone().run(feeds).items()}
+            outputs = self._alone().run(feeds, own=True)
+        inplace = self.record.aliases
+        return {name: self._copy(array) if name in inplace else array for name, array in outputs.items()}
 
     def gather(self, pieces: Sequence[Array], dtype: np.dtype) -> DeviceArray:
         """(S, D) rows of all pieces on the device; see `runtime.tensorrt_memory.gather`."""
@@ -131,7 +133,7 @@ class TensorrtEngine(Engine):
         self.cuda.synchronize()
         return out
 
-    def _keep(self, array: DeviceArray) -> DeviceArray:
+    def _copy(self, array: DeviceArray) -> DeviceArray:
         own = DeviceArray.allocate(self.cuda, array.shape, array.dtype)
         self.cuda.copy(own.address, array.address, array.nbytes)
         return own

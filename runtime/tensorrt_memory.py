@@ -1,15 +1,56 @@
 """Device memory: buffers that grow, and arrays that stay on the device."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
+from runtime.errors import UhdError
 from runtime.tensorrt_cuda import Cuda
 
 ALIGNMENT = 256
+# Blocks up to this size are kept for the next who asks: giving them back would wait for the GPU each time.
+KEPT = 64 << 20
+
+
+@functools.cache
+def _spare(cuda: Cuda) -> dict[int, list[int]]:
+    """Addresses of the blocks that are kept, by size."""
+    return {}
+
+
+def _take(cuda: Cuda, nbytes: int) -> int:
+    """A block of exactly `nbytes`: one that is kept, else of the driver.
+
+    A kept block may still be in use by queued work: whatever is done with it now is queued behind that, on
+    the one stream.
+    """
+    spare = _spare(cuda)
+    if spare.get(nbytes):
+        return spare[nbytes].pop()
+    try:
+        return cuda.allocate(nbytes)
+    except UhdError:
+        kept = [address for addresses in spare.values() for address in addresses]
+        if not kept:
+            raise
+        spare.clear()
+        cuda.synchronize()
+        for address in kept:
+            cuda.free(address)
+        return cuda.allocate(nbytes)
+
+
+def _give(cuda: Cuda, address: int, nbytes: int) -> None:
+    """Keep a block for the next, or free a large one once the queued work is done."""
+    if nbytes <= KEPT:
+        _spare(cuda).setdefault(nbytes, []).append(address)
+        return
+    cuda.synchronize()
+    cuda.free(address)
 
 
 class Buffer:
@@ -26,14 +67,13 @@ class Buffer:
             return
         self.close()
         nbytes = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
-        self.address = self._cuda.allocate(nbytes)
+        self.address = _take(self._cuda, nbytes)
         self.nbytes = nbytes
 
     def close(self) -> None:
-        """Free the memory once the queued work is done."""
+        """Give the memory back."""
         if self.address:
-            self._cuda.synchronize()
-            self._cuda.free(self.address)
+            _give(self._cuda, self.address, self.nbytes)
             self.address = self.nbytes = 0
 
     def __del__(self) -> None:

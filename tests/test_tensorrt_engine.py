@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_language import CONTEXT, difference, embeddings, reader, reference, tiny_model
 
-from runtime import tensorrt_backend, tensorrt_cuda, tensorrt_engine
+from runtime import tensorrt_backend, tensorrt_cuda, tensorrt_engine, tensorrt_memory
 from runtime.decoder import Decoder
 from runtime.engine import open_engine
 from runtime.errors import UhdError
@@ -230,6 +230,7 @@ def test_outputs_may_stay_on_the_device(machine, vision):
     engine, cuda, _ = machine(*vision)
     feeds = crop_feeds(engine, 24, 24, 2)
     kept = engine.infer_resident(feeds)["tokens"]
+    assert cuda.copied == 0
     expected = engine.infer(feeds)["tokens"]
     engine.infer(crop_feeds(engine, 19, 29, 1))  # another run leaves it as it is
     cuda.copied_out = 0
@@ -253,11 +254,38 @@ def test_device_arrays_are_views():
             array[index]
     with pytest.raises(TypeError):
         array.astype(np.float32, copy=False)
-    view = array[1]
+
+
+def test_memory_changes_hands_without_waiting():
+    cuda = FakeCuda()
+    array = DeviceArray.allocate(cuda, (4, 3), np.float16)
+    view, address = array[1], array.address
     del array
-    assert cuda.blocks
+    assert DeviceArray.allocate(cuda, (4, 3), np.float16).address != address  # the view holds it
+    cuda.zero(view.address, 6)  # queued work, at which FakeCuda would not free
     del view
-    assert not cuda.blocks
+    assert DeviceArray.allocate(cuda, (4, 3), np.float16).address == address
+    large = DeviceArray.allocate(cuda, (tensorrt_memory.KEPT + 1,), np.uint8)
+    blocks = set(cuda.blocks)
+    del large
+    assert set(cuda.blocks) < blocks  # a large block goes back, once the queue is empty
+
+
+def test_kept_memory_makes_room(monkeypatch):
+    cuda = FakeCuda()
+    allocate = cuda.allocate
+
+    def scarce(nbytes):
+        if len(cuda.blocks) >= 2:
+            raise UhdError("GPU memory")
+        return allocate(nbytes)
+
+    monkeypatch.setattr(cuda, "allocate", scarce)
+    arrays = [DeviceArray.allocate(cuda, (size,), np.uint8) for size in (100, 500)]
+    del arrays[0]
+    arrays.append(DeviceArray.allocate(cuda, (900,), np.uint8))  # the kept block went back to the driver
+    with pytest.raises(UhdError, match="GPU memory"):
+        DeviceArray.allocate(cuda, (1300,), np.uint8)
 
 
 def test_layer_times_are_a_trace(machine, language, tmp_path):
@@ -299,7 +327,7 @@ def test_stages_of_the_vision_engine(machine, vision):
 def test_compiled_kernels_are_kept(machine, language, tmp_path):
     engine, _, _ = machine(*language)
     engine.close()
-    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
+    (kept,) = (tmp_path / "cache" / "jit").iterdir()
     assert kept.name == "5" * 32 + "-8.9.bin" and kept.read_bytes() == b"nothing yet and more"
     engine, _, module = machine(*language)
     Decoder(engine, CONTEXT)
