@@ -9,7 +9,6 @@ from uhd_export.int4.choose import HEADS
 from uhd_export.int4.linears import LM_HEAD, head_group, linear_shapes
 from uhd_export.int4.weight import round_to_nearest
 
-
 _HEAD = f"{LM_HEAD}.weight"
 
 
