@@ -117,9 +117,10 @@ def print_parity(
     for key in dict.fromkeys([*before, *now]):
         entries = [before.get(key), now.get(key)] if measured else [before[key]]
         shown = next(entry for entry in reversed(entries) if entry is not None)
-        good = all(entry.ok for entry in entries if entry is not None)
         limit = "none" if shown.limit is None else _number(shown.limit)
-        mark = "[green]ok[/green]" if good else "[red]over[/red]"
+        mark = "not measured" if shown.value is None else "[green]ok[/green]"
+        if not all(entry.ok for entry in entries if entry is not None):
+            mark = "[red]over[/red]"
         table.add_row(": ".join(key), *(_value(entry) for entry in entries), limit, mark)
     console.print(table)
     for reason in dict.fromkeys(entry.skipped for entry in (*built, *measured) if entry.skipped):
@@ -135,4 +136,4 @@ def _value(entry: Parity | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.1e}"
+    return f"{value:.0f}" if value.is_integer() else f"{value:.1e}"

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from conftest import assert_close, golden_tensors
 from golden import recipe
+from rich.console import Console
 from safetensors.numpy import save_file
 
 import uhd_export.build as build
 import uhd_export.parity as parity
 import uhd_export.staging as staging
 from runtime import Pipeline
+from runtime.bundle_report import print_parity
 from runtime.errors import UhdError
 from runtime.manifest import Parity, read_manifest
 from uhd_export.build import build_bundle
@@ -80,22 +83,48 @@ def test_float16_is_measured_against_float32(make):
 
 
 def test_context_limits_the_rotary_tables(make, tmp_path):
-    assert make(context=256).run.context == 256
-    with pytest.raises(UhdError, match="context"), Pipeline.open(tmp_path / "out", context=257):
+    assert make(context=400).run.context == 400
+    with pytest.raises(UhdError, match="context"), Pipeline.open(tmp_path / "out", context=401):
         pass
 
 
 def test_too_small_a_context_is_said(make):
-    skipped = {entry.part: entry.skipped for entry in make(context=64, verify=True).parity}
-    assert skipped["vision"] is None
-    assert "positions" in skipped["logits"] and "positions" in skipped["tokens"]
+    entries = {entry.part: entry for entry in make(context=400, verify=True).parity}
+    assert entries["vision"].skipped is None
+    assert "positions" in entries["logits"].skipped and "positions" in entries["tokens"].skipped
+    assert entries["tokens"].metric == "differing of 0 greedy tokens"
+
+
+@pytest.mark.parametrize("context", [0, 64, 200])
+def test_a_context_that_holds_no_answer_is_refused(make, tmp_path, context):
+    with pytest.raises(UhdError, match=rf"--context {context}: .* take \d+ positions; use more"):
+        make(context=context)
+    assert leftovers(tmp_path) == []
+
+
+def test_what_was_not_measured_is_not_called_ok():
+    reason = "577 positions fill the context of 200"
+    skipped = Parity("logits", "x", "relative error", None, 1e-3, reason)
+    wrong = Parity("vision", "x", "relative error", float("inf"), 1e-3, None)
+    good = dataclasses.replace(skipped, value=1e-6, skipped=None)
+    for built, measured, words in (
+        ([skipped], [], "not measured"),
+        ([good], [skipped], "not measured"),
+        ([skipped], [good], "ok"),
+        ([wrong], [wrong], "over"),
+    ):
+        console = Console(record=True, width=200, file=io.StringIO())
+        print_parity(built, measured, console)
+        table, *reasons = console.export_text().rstrip().split("\nnot measured: ")
+        assert [word for word in ("not measured", "ok", "over") if word in table] == [words]
+        assert reasons == ([reason] if skipped in (*built, *measured) else [])
 
 
 def test_parity_is_skipped_with_the_reason(make, monkeypatch):
     monkeypatch.setattr(parity, "available_memory", lambda: 10**7)
     entries = make(verify=True).parity
     assert [entry.part for entry in entries] == ["vision", "logits", "tokens"]
-    assert all(entry.value is None and "GB of memory" in entry.skipped for entry in entries)
+    assert all(entry.value is None and "10.00 MB are available" in entry.skipped for entry in entries)
 
 
 def test_a_bundle_out_of_tolerance_is_not_written(make, tmp_path, monkeypatch):
@@ -166,7 +195,7 @@ def test_too_little_space_is_known_before_writing(make, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(build, "emit_vision", None)  # would fail if it were reached
-    with pytest.raises(UhdError, match=r"about 0\.1 GB are needed but 0\.0 GB are free"):
+    with pytest.raises(UhdError, match=r"about \d+\.\d+ MB are needed but 1\.00 MB are free"):
         make()
     assert leftovers(tmp_path) == []
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from runtime import prompt as prompts
 from runtime.errors import UhdError
 from runtime.geometry import GRID_MODES
 from runtime.integrity import hash_file
@@ -204,8 +206,10 @@ def _write_parts(
     for name in (QUALITY, QUALITY_PICTURE):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
-    text = checkpoint_tokenizer(checkpoint.folder).to_str()
-    (folder / TOKENIZER).write_text(text, encoding="utf-8")
+    tokenizer = checkpoint_tokenizer(checkpoint.folder)
+    if options.context is not None:
+        _refuse_small_context(options.context, config, tokenizer)
+    (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     with progress_bar(VISION, show=progress) as bar:
         emit_vision(
             config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, on_tensor=bar.set
@@ -223,6 +227,17 @@ def _write_parts(
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:
         write_embeddings(checkpoint, folder / EMBEDDINGS, options.dtype, bar.set)
+
+
+def _refuse_small_context(context: int, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise UhdError where no answer to any question fits: the image's marker counts for its first token."""
+    text = len(prompts.encode(tokenizer, prompts.render("", config.template)))
+    needed = config.projector.side**2 + text
+    if context < needed:
+        raise UhdError(
+            f"--context {context}: an overview, the prompt around a question and one token of the answer "
+            f"take {needed} positions; use more"
+        )
 
 
 def write_embeddings(

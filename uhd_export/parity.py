@@ -13,6 +13,7 @@ from runtime.pattern import pattern
 from runtime.pipeline import Pipeline
 from runtime.pixels import cut
 from runtime.progress import Bar, progress_bar
+from runtime.report import format_bytes
 from runtime.sampling import greedy
 from runtime.sequence import PromptSequence
 from uhd_export.checkpoint import Checkpoint
@@ -95,8 +96,9 @@ def _language(
     prompt = prompts.render(QUESTION, manifest.run.template)
     sequence = PromptSequence(pipeline.input_ids(prompt), [pipeline.picture(image)])
     room = pipeline.decoder.decoder.context - len(sequence)
-    metric = f"differing of {min(NEW_TOKENS, room)} greedy tokens"
-    if room < 1:
+    count = max(min(NEW_TOKENS, room), 0)
+    metric = f"differing of {count} greedy tokens"
+    if count == 0:
         reason = f"{len(sequence)} positions fill the context of {pipeline.decoder.decoder.context}"
         return [
             Parity("logits", NAME, "relative error", None, limit, reason),
@@ -104,7 +106,7 @@ def _language(
         ]
     logits = pipeline.prefill(sequence)
     tokens = [greedy(logits)]
-    while len(tokens) < min(NEW_TOKENS, room):  # past an end of text too: it is arithmetic that is compared
+    while len(tokens) < count:  # past an end of text too: it is arithmetic that is compared
         row = pipeline.embeddings.rows(tokens[-1:])[0]
         tokens.append(greedy(pipeline.decoder.step(tokens[-1], row)))
     embeds = reference_embeds(checkpoint, reference, sequence)
@@ -165,4 +167,4 @@ def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:
     needed = int(weights + reference + activations + cache)
     if available is None or needed <= available:
         return None
-    return f"needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
+    return f"needs about {format_bytes(needed)} of memory, {format_bytes(available)} are available"

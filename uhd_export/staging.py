@@ -5,11 +5,13 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UhdError
 from runtime.manifest import MANIFEST
+from runtime.report import format_bytes
+from uhd_export.fields import optional, read_json
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What numpy's tofile says, without an error number, where only part of an array could be written.
@@ -21,19 +23,21 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
     """A hidden folder beside `out` to write into; it becomes `out` when the block ends without an error.
 
     After any error, Ctrl-C included, it is removed and `out` is as it was. An existing `out` is
-    replaced only with `force`, and only where it is a bundle or empty. `needed` is the free space to
-    ask for before anything is written, in bytes.
+    replaced only with `force`, and only where it is a bundle and nothing else, or empty; where it is a
+    link, what it leads to is replaced. `needed` is the free space to ask for before anything is
+    written, in bytes.
     Raises UhdError where `out` is in the way, the place is not writable or the disk is full.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     _refuse_existing(out, force)
-    staging = None
+    staging, made = None, []
     try:
+        made = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise UhdError(
-                f"output {out}: about {needed / 1e9:.1f} GB are needed but {free / 1e9:.1f} GB are free; "
+                f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are free; "
                 "make room or choose another disk"
             )
         staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
@@ -52,6 +56,9 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # they hold `out` where all went well
+            for parent in made:
+                parent.rmdir()
 
 
 def _refuse_existing(out: Path, force: bool) -> None:
@@ -63,6 +70,15 @@ def _refuse_existing(out: Path, force: bool) -> None:
         raise UhdError(f"output {out}: exists already; use --force to replace it, or choose another")
     if not (out / MANIFEST).is_file():
         raise UhdError(f"output {out}: exists and is no bundle, so --force does not replace it")
+    files = optional(read_json(out / MANIFEST), "files", dict, {}, str(out / MANIFEST))
+    known = {MANIFEST, *files}
+    names = sorted(path.name for path in out.iterdir())
+    others = [name for name in names if name not in known and not name.startswith(".")]
+    if others:
+        raise UhdError(
+            f"output {out}: holds {others[0]}, which is not of the bundle and --force would delete; "
+            "move it away, or choose another"
+        )
 
 
 def _move(staging: Path, out: Path) -> None:
