@@ -101,6 +101,15 @@ def test_options_are_checked_before_anything_is_written(spoken_checkpoint, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "option", [("--compute-capability", "8.9"), ("--workspace", "64"), ("--no-plugins",)]
+)
+def test_options_of_engines_need_a_backend_that_builds_them(fails, tmp_path, option):
+    line = fails("build", "nano", "-o", tmp_path / "out", *option)
+    assert line == f"error: {option[0]}: is for engines; give it with --backend tensorrt-rtx or tensorrt"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def pipelines(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
     """The golden bundle in ONNX Runtime, and the same model's engines on a faked GPU."""

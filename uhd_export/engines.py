@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plugins.tensorrt_plugin import kernel_capability
+from runtime.errors import UhdError
 from runtime.manifest import ENGINE_BACKENDS, LANGUAGE, VISION, part_files
 from runtime.progress import progress_bar
 from runtime.tensorrt_backend import open_tensorrt
@@ -20,9 +21,17 @@ def engine_options(
 ) -> EngineOptions | None:
     """How to build engines, or None where `backend` runs the graphs themselves. `workspace` is in MiB.
 
-    Raises UhdError where the backend is not installed or cannot build for a compute capability.
+    Raises UhdError where the backend is not installed or cannot build for a compute capability, and where
+    an option for engines is given to one that has none.
     """
     if backend not in ENGINE_BACKENDS:
+        given = {
+            "--compute-capability": compute_capabilities,
+            "--no-plugins": not plugins,
+            "--workspace": workspace,
+        }
+        for option in (option for option, value in given.items() if value):
+            raise UhdError(f"{option}: is for engines; give it with --backend {' or '.join(ENGINE_BACKENDS)}")
         return None
     options = EngineOptions(
         backend=backend,
