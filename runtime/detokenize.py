@@ -6,7 +6,10 @@ _INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-    """Turns a growing list of ids into pieces of text whose sum is the decoded whole.
+    """Turns a growing list of ids into pieces of text whose sum is the decoded whole, where that is valid.
+
+    After a byte that is no UTF-8 a tokenizer may replace right characters before it too, which are shown by
+    then.
 
     A character may take several tokens, and how a token reads may depend on the one before it, so a
     window of recent tokens is decoded twice, without and with the new one, and the difference is

@@ -134,8 +134,11 @@ def open_engine(
     """Load the graph at `path` with `backend` on `device`, "cpu" or "cuda" (default: as the backend does).
 
     `threads` limits the CPU threads (default: all cores); `profile` is where a trace of node times goes.
-    Raises UhdError where the backend is unknown or not installed, or the graph cannot be loaded.
+    Raises UhdError where the backend is unknown or not installed, `threads` is not above zero, or the graph
+    cannot be loaded.
     """
+    if threads is not None and threads < 1:
+        raise UhdError(f"threads {threads}: must be at least 1 (None means all cores)")
     if backend not in _BACKENDS:
         raise UhdError(f"backend {backend!r}: unknown; use one of {', '.join(_BACKENDS)}")
     module, name, usual, install = _BACKENDS[backend]

@@ -19,12 +19,12 @@ from runtime.engine import Array, Engine, open_engine
 from runtime.errors import UhdError
 from runtime.geometry import GRID_MODES
 from runtime.integrity import verify_files
-from runtime.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from runtime.manifest import EMBEDDINGS, TOKENIZER, Manifest, RunConfig, part_files, read_manifest
 from runtime.pixels import cut, open_image
 from runtime.prefix import PrefixDecoder
 from runtime.sampling import Sampling, sample
 from runtime.sequence import Picture, PromptSequence, picture, place
-from runtime.slicing import SlicePlan
+from runtime.slicing import SlicePlan, plan_slices
 from runtime.vision import VisionEncoder
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -79,25 +79,20 @@ class Pipeline:
         most = manifest.run.context
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
+        run = _configured(manifest.run, grid, max_slices, resize)
         vision, language = (
             open_engine(folder / name, manifest.backend, device=device, threads=threads)
             for name in part_files(manifest.backend)
         )
         pipeline = cls(folder, manifest, vision, language, context=context or most)
-        pipeline.configure(grid=grid, max_slices=max_slices, resize=resize)
+        pipeline.run = run
         return pipeline
 
     def configure(
         self, *, grid: str | None = None, max_slices: int | None = None, resize: int | None = KEEP
     ) -> None:
         """Change how the next images are cut: grid mode, most slices (1: overview only), longest side."""
-        if grid is not None and grid not in GRID_MODES:
-            raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
-        changes: dict[str, Any] = {"grid": grid, "max_slices": max_slices}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if resize is not KEEP:
-            changes["resize"] = resize
-        self.run = dataclasses.replace(self.run, **changes)
+        self.run = _configured(self.run, grid, max_slices, resize)
 
     def plan(self, image: Image.Image) -> SlicePlan:
         """How an RGB `image` is cut."""
@@ -129,9 +124,16 @@ class Pipeline:
         if len(sequence) > context:
             raise UhdError(
                 f"prompt: {len(sequence)} positions are more than the context of {context}; shorten the "
-                "prompt, lower --max-slices, or build with a larger --context"
+                f"prompt, lower --max-slices, or {self.larger_context(len(sequence))}"
             )
         return sequence
+
+    def larger_context(self, positions: int) -> str:
+        """What to do for a context of `positions`: the bundle may allow it."""
+        most = self.run.context
+        return (
+            f"give a larger --context, up to {most}" if positions <= most else "build with a larger --context"
+        )
 
     def inputs_embeds(self, image: Images, prompt: str | Sequence[int]) -> np.ndarray:
         """float32 (1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
@@ -271,3 +273,16 @@ class Pipeline:
             return self._encoded[shown.digest]
         crops = cut(shown.image, shown.plan)
         return self.remember(shown, self.encoder.encode_resident(crops, shown.grid))
+
+
+def _configured(run: RunConfig, grid: str | None, max_slices: int | None, resize: int | None) -> RunConfig:
+    """`run` with what is given in its place. Raises UhdError where it is out of range."""
+    if grid is not None and grid not in GRID_MODES:
+        raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
+    changes: dict[str, Any] = {"grid": grid, "max_slices": max_slices}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if resize is not KEEP:
+        changes["resize"] = resize
+    run = dataclasses.replace(run, **changes)
+    plan_slices((1, 1), max_slices=run.max_slices, resize=run.resize)  # refuses the other two
+    return run

@@ -186,8 +186,11 @@ def test_prompt_longer_than_the_context(golden_bundle, counted):
     with Pipeline.open(golden_bundle, context=200) as small:
         assert len(small.generate_ids(SMALL, [1, IMAGE_ID, 20], 100)) == 200 - 146 + 1
         assert small.finish == "context"
-        with pytest.raises(UhdError, match="1015 positions are more than the context of 200"):
-            small.logits(recipe.image(*MAIN), [1, IMAGE_ID])
+        # What to do: the bundle allows more than this pipeline was opened for, up to a limit.
+        for text, remedy in ((1, "give a larger --context, up to 4096$"), (4000, "or build with a larger")):
+            positions = f"{1014 + text} positions are more than the context of 200;"
+            with pytest.raises(UhdError, match=f"{positions} .*{remedy}"):
+                small.logits(recipe.image(*MAIN), [1] * text + [IMAGE_ID])
         assert len(counted) == 0
 
 
@@ -196,6 +199,11 @@ def test_bad_arguments(fresh, golden_bundle, tmp_path):
         (lambda: Pipeline.open(golden_bundle, context=5000), "context 5000: must be 1 to 4096"),
         (lambda: Pipeline.open(golden_bundle, grid="round"), "grid mode 'round'"),
         (lambda: Pipeline.open(golden_bundle, device="tpu"), "device 'tpu'"),
+        (lambda: Pipeline.open(golden_bundle, threads=0), "threads 0: must be at least 1"),
+        (lambda: Pipeline.open(golden_bundle, threads=-3), "threads -3: must be at least 1"),
+        (lambda: Pipeline.open(golden_bundle, resize=0), "resize 0: the longest side"),
+        (lambda: Pipeline.open(golden_bundle, max_slices=-1), "max slices -1: must be at least 1"),
+        (lambda: fresh.configure(max_slices=0), "max slices 0: must be at least 1"),
         (lambda: Pipeline.open(tmp_path), "uhd-export build"),
         (lambda: fresh.inputs_embeds(SMALL, [1, 2]), "0 <image> markers for 1 images"),
         (lambda: fresh.inputs_embeds(SMALL, [IMAGE_ID, 40000]), "token id 40000 is outside"),
