@@ -8,14 +8,13 @@ if sys.argv[0].endswith(("uhd-export", "cli.py")) and signal.getsignal(signal.SI
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from calibration.command import image_options, quantize, quantized_source, weight_options
+from calibration.command import image_options, quantize, quantized_source, several, weight_options
 from runtime.errors import UhdError, explain
 from runtime.interrupts import handle_interrupts, was_interrupt
 
@@ -81,38 +80,28 @@ def plan(source: str, max_slices: int, resize: int | None, grid: str, as_json: b
     """Show how an image is cut, its tokens, and what it costs."""
     from runtime import report
     from runtime.pixels import source_size
+    from runtime.progress import status
     from runtime.slicing import plan_slices
 
-    facts = report.describe_plan(
-        plan_slices(source_size(source), max_slices=max_slices, resize=resize), grid_mode=grid
-    )
+    with status("opening the image"):
+        size = source_size(source)
+    facts = report.describe_plan(plan_slices(size, max_slices=max_slices, resize=resize), grid_mode=grid)
     if as_json:
         report.print_json(facts)
     else:
         report.print_plan(facts)
 
 
-def _options(*options: Callable) -> Callable:
-    """Several click options as one decorator."""
-
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_device = _options(
+_device = several(
     click.option("--device", help="cpu or cuda; default: cpu with onnxruntime, else cuda."),
     click.option("--threads", type=click.IntRange(1), help="CPU threads; default: all cores."),
     click.option(
         "--context", type=int, metavar="N", help="Positions of the KV cache; default: the bundle's."
     ),
 )
-_slicing = _options(
+_slicing = several(
     click.option("--grid", help="selective, fix or pyramid; default: the bundle's."),
     click.option("--max-slices", type=int, metavar="N", help="Most slices; 1 means the overview only."),
     click.option("--resize", type=int, metavar="N", help="Longest side before slicing."),
@@ -125,10 +114,12 @@ _GPUS = "GPU to build engines for, such as 8.6; repeatable; default: 8.0, 8.6, 8
 def _open(bundle: Path, *, resize: int | None = None, **options: Any) -> "Pipeline":
     """The pipeline of `bundle`; a `resize` that is not given stays the bundle's."""
     from runtime import Pipeline
+    from runtime.progress import status
 
     if resize is not None:
         options["resize"] = resize
-    return Pipeline.open(bundle, **options)
+    with status("opening the bundle"):
+        return Pipeline.open(bundle, **options)
 
 
 main.add_command(quantize)
@@ -187,12 +178,15 @@ def run(
     """Ask BUNDLE about IMAGE; without QUESTION, ask several in a row."""
     from runtime.chat import answer, chat
     from runtime.pixels import open_image
+    from runtime.progress import status
     from runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    images = [open_image(path) for path in (image, *more)]
+    with status("opening the image"):
+        images = [open_image(path) for path in (image, *more)]
     with _open(bundle, **options) as pipeline:
-        conversation = pipeline.converse(images)
+        with status("cutting the image"):
+            conversation = pipeline.converse(images)
         if question is None:
             chat(pipeline, conversation, tokens=tokens, sampling=sampling)
         else:
@@ -224,8 +218,15 @@ def check(bundle: Path, checkpoint: str | None) -> None:
     """Verify every file of BUNDLE, and measure its parity with the checkpoint again."""
     from runtime.bundle_report import print_parity, print_quality
     from runtime.report import format_bytes
-    from uhd_export.check import check_bundle
 
+    try:
+        from uhd_export.check import check_bundle
+    except ModuleNotFoundError as error:
+        reason = explain(error)
+        if checkpoint is not None or reason is None:
+            raise
+        _check_files(bundle, reason)
+        return
     report = check_bundle(bundle, checkpoint=checkpoint, progress=True)
     click.echo(
         f"{bundle}: {len(report.manifest.files)} files, {format_bytes(report.bytes)}, SHA-256 as recorded"
@@ -236,6 +237,23 @@ def check(bundle: Path, checkpoint: str | None) -> None:
         click.echo(report.note)
     if not report.ok:
         raise UhdError(f"bundle {bundle}: parity is over the limit; build it again with this version")
+
+
+def _check_files(bundle: Path, reason: str) -> None:
+    """What of `check` a device can do where, for `reason`, nothing can be measured."""
+    from runtime.bundle_report import print_parity, total_bytes
+    from runtime.integrity import verify_files
+    from runtime.manifest import read_manifest
+    from runtime.progress import progress_bar
+    from runtime.report import format_bytes
+
+    manifest = read_manifest(bundle)
+    size = total_bytes(manifest)
+    with progress_bar("hashing", size) as bar:
+        verify_files(bundle, manifest, hash_limit=None, on_bytes=bar.advance)
+    click.echo(f"{bundle}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
+    print_parity(manifest.parity)
+    click.echo(f"parity not measured: {reason}")
 
 
 @main.command("eval")

@@ -9,6 +9,18 @@ import click
 
 from runtime.errors import UhdError
 
+
+def several(*options: Callable) -> Callable:
+    """Several click options as one decorator."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 _calibration = (
     click.option("--data", type=click.Path(), help="JSONL of images and questions; default: card images."),
     click.option("--image-root", type=click.Path(), help="Where its paths start; default: its folder."),
@@ -22,20 +34,9 @@ _stored = (
     click.option("--lm-head", default="dense", show_default=True, help="dense, int8 or int4."),
     click.option("--activations", default="int8", show_default=True, help="Of int4 products: int8 or float."),
 )
-
-
-def _decorate(*options: Callable) -> Callable:
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-weight_options = _decorate(*_stored, *_calibration)
+weight_options = several(*_stored, *_calibration)
 # How images are cut and laid out, by default as the checkpoint says.
-image_options = _decorate(
+image_options = several(
     click.option("--layout", help="flat or merged; default: by the checkpoint's generation."),
     click.option("--mask", type=int, help="feature_scale_mask; default: the config's."),
     click.option("--grid", default="selective", show_default=True, help="selective, fix or pyramid."),
@@ -50,7 +51,7 @@ image_options = _decorate(
 @click.command()
 @click.argument("source", metavar="CHECKPOINT")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@_decorate(*_calibration)
+@several(*_calibration)
 @click.option("--held-out", default=8, show_default=True, help="Further sequences, to judge by.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences run at once.")
 @click.option("--sym/--asym", "symmetric", default=True, show_default=True, help="Zero points in the middle.")

@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 
 from runtime.conversation import Conversation
 from runtime.interrupts import Terminated, forget_interrupt
 from runtime.pipeline import Pipeline
+from runtime.progress import status
 from runtime.sampling import Sampling
 
 _ENDS = {
     "length": "stopped after {tokens} tokens; --max-new-tokens allows more",
-    "context": "stopped because the context is full; build with a larger --context or lower --max-slices",
+    "context": "stopped because the context is full; lower --max-slices or {remedy}",
 }
 
 
@@ -47,11 +49,14 @@ def _read(interactive: bool) -> str:
 
 
 def _stream(pieces: Iterator[str]) -> None:
-    for piece in pieces:
+    with status("reading"):
+        first = next(pieces, "")
+    for piece in chain([first], pieces):
         print(piece, end="", flush=True)
     print(flush=True)
 
 
 def _say_end(pipeline: Pipeline, tokens: int) -> None:
     if pipeline.finish in _ENDS:
-        print(f"({_ENDS[pipeline.finish].format(tokens=tokens)})", file=sys.stderr)
+        remedy = pipeline.larger_context(pipeline.decoder.decoder.context + 1)
+        print(f"({_ENDS[pipeline.finish].format(tokens=tokens, remedy=remedy)})", file=sys.stderr)

@@ -17,6 +17,12 @@ _DISK = {
 # What libraries say that raise an exception of their own for a failed allocation or write.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation", "bad_alloc")
 _NO_SPACE = "No space left on device"
+# Packages that not every installation has, with the extra of ours that brings them.
+_EXTRAS = {
+    **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir", "onnxscript"), "export"),
+    **dict.fromkeys(("safetensors", "sentencepiece", "torch"), "export"),
+    "triton": "tensorrt",
+}
 
 
 def explain(error: BaseException) -> str | None:
@@ -24,6 +30,10 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UhdError):
         return " ".join(str(error).split())
     text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(package)
+        return extra and f"this needs {package}, which is not installed: pip install 'uhd-export[{extra}]'"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename}: {_DISK[error.errno]}" if error.filename else _DISK[error.errno]
     if _NO_SPACE in text:

@@ -1,7 +1,7 @@
-"""Progress bars on the terminal's error stream, silent where that is no terminal."""
+"""Progress on the terminal's error stream, silent where that is no terminal."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -46,3 +46,11 @@ def progress_bar(label: str, total: int | None = None, *, show: bool = True) -> 
     )
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
         yield Bar(progress, progress.add_task(label, total=total))
+
+
+@contextmanager
+def status(label: str) -> Iterator[None]:
+    """`label` with a spinner for the time of the block, which must not print; nothing of it stays."""
+    console = Console(stderr=True)
+    with console.status(label) if console.is_terminal else nullcontext():
+        yield

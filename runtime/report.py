@@ -7,7 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from runtime.errors import UhdError
 from runtime.flops import INT4_BYTES, keys_per_window, kv_cache_bytes, language_bytes, stage_costs, total
+from runtime.geometry import crop_geometry
 from runtime.layout import LAYOUTS, Separators, indicator_tokens, visual_token_count
 from runtime.shapes import ModelShape, official
 from runtime.slicing import SlicePlan
@@ -20,7 +22,8 @@ REFERENCE_MODEL = "Vicuna-7B"
 def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str = REFERENCE_MODEL) -> dict:
     """What follows from `plan`, ready for JSON. Sizes, grids and patches are [width, height].
 
-    `costs` are for the official `model` with three levels and the layout *flat*.
+    `refused` says why the official `model` with three levels cannot run it, or is None; `costs` are for
+    this model and the layout *flat*.
     """
     shape = official(model)
     visual = {layout: visual_token_count(plan.grid, layout=layout) for layout in LAYOUTS}
@@ -43,12 +46,23 @@ def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str =
         "visual_tokens": visual,
         "grid_mode": grid_mode,
         "crops": crops,
+        "refused": _refused(plan, shape, grid_mode),
         "costs": _costs(plan, shape, model, visual["flat"] + TEXT_TOKENS, grid_mode),
     }
 
 
 def _keys(grid: tuple[int, int], shape: ModelShape, mode: str) -> int:
     return keys_per_window(grid, shape.projector, mode)
+
+
+def _refused(plan: SlicePlan, shape: ModelShape, mode: str) -> str | None:
+    """Why the model cannot run the crops, in the words it would use; None where it can."""
+    try:
+        for rows, cols in set(plan.patch_grids):
+            crop_geometry(rows, cols, levels=shape.projector.scales, grid=mode)
+    except UhdError as error:
+        return str(error)
+    return None
 
 
 def _costs(plan: SlicePlan, shape: ModelShape, model: str, positions: int, mode: str) -> dict:
@@ -95,6 +109,8 @@ def print_plan(facts: dict, console: Console | None = None) -> None:
     counts = ", ".join(f"{count} {layout}" for layout, count in facts["visual_tokens"].items())
     table.add_row("visual tokens", counts)
     console.print(table)
+    if facts["refused"]:
+        console.print(f"refused: {facts['refused']}", soft_wrap=True)
     _print_costs(facts["costs"], console)
 
 

@@ -1,7 +1,9 @@
 """Every command through the real entry point, in this process and in processes of their own."""
 
+import contextlib
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -22,10 +24,10 @@ from runtime.pattern import pattern
 REPOSITORY = Path(__file__).parent.parent
 
 
-def process(*arguments, **options):
+def process(*arguments, stderr=subprocess.PIPE, **options):
     command = [sys.executable, "-m", "cli", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=stderr, text=True, **options
     )
 
 
@@ -72,6 +74,12 @@ def test_run_streams_an_answer(call, golden_bundle, image_file):
     assert call(*arguments).stdout == done.stdout
     sampled = call(*arguments, "--temperature", 9, "--top-k", 50, "--top-p", 0.9, "--seed", 1)
     assert sampled.exit_code == 0 and sampled.stdout != done.stdout
+
+
+def test_a_full_context_says_how_to_have_more(call, golden_bundle, image_file):
+    done = call("run", golden_bundle, image_file, "What?", "--context", 400, "--max-new-tokens", 900)
+    remedy = "lower --max-slices or give a larger --context, up to 4096"
+    assert done.stderr == f"(stopped because the context is full; {remedy})\n"
 
 
 def test_run_with_several_images(call, fails, golden_bundle, image_file):
@@ -173,6 +181,50 @@ def test_full_disk_leaves_nothing(spoken_checkpoint, tmp_path):
     assert running.returncode == 2, errors
     assert errors.startswith("error: output") and "disk is full" in errors and errors.count("\n") == 1
     assert output == "" and leftovers(tmp_path) == []
+
+
+def read_terminal(descriptor):
+    """All that was written to a terminal whose writers are gone."""
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+        while piece := os.read(descriptor, 65536):
+            said += piece
+    return said.decode()
+
+
+def test_a_terminal_sees_what_is_waited_for_and_keeps_nothing_of_it(golden_bundle, image_file):
+    arguments = ["run", golden_bundle, image_file, "What?", "--max-new-tokens", 2]
+    plain, _ = process(*arguments).communicate(timeout=60)
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    running = process(*arguments, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = read_terminal(ours)
+    os.close(ours)
+    assert running.communicate(timeout=60) == (plain, None)
+    for label in ("opening the image", "opening the bundle", "cutting the image", "reading"):
+        assert label in said
+    erase = "\x1b[2K"
+    assert said.rpartition(erase)[2] == "(stopped after 2 tokens; --max-new-tokens allows more)\r\n"
+
+
+def test_files_are_checked_where_torch_is_not_installed(golden_bundle, tmp_path):
+    def run(*arguments):
+        code = "import sys; sys.modules['torch'] = None; import cli; cli.main(sys.argv[1:])"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+    remedy = "this needs torch, which is not installed: pip install 'uhd-export[export]'\n"
+    for arguments in (
+        ["check", golden_bundle, "--checkpoint", "nano"],
+        ["build", "nano", "-o", tmp_path / "out"],
+        ["quantize", "nano", "-o", tmp_path / "out"],
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {remedy}")
+    done = run("check", golden_bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "SHA-256 as recorded" in done.stdout and done.stdout.endswith(f"parity not measured: {remedy}")
 
 
 def test_answers_without_torch_and_without_a_terminal(golden_bundle, image_file, tmp_path):

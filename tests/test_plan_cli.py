@@ -75,6 +75,14 @@ def test_options_reach_the_plan():
     assert {crop["keys_per_window"] for crop in facts["crops"]} == {27}
 
 
+@pytest.mark.parametrize("size", ["1x5000", "5000x1", "2x5000"])
+def test_plan_says_where_a_model_refuses_the_crops(size):
+    assert "less elongated" in json.loads(run("plan", size, "--json").stdout)["refused"]
+    (line,) = [line for line in run("plan", size).stdout.splitlines() if "refused" in line]
+    assert line.startswith("refused: crop of ") and line.endswith("less elongated")
+    assert json.loads(run("plan", "1008x672", "--json").stdout)["refused"] is None
+
+
 def test_plan_as_a_table():
     result = run("plan", "1008x672")
     assert result.exit_code == 0 and result.stderr == ""
@@ -125,6 +133,12 @@ def test_what_a_user_gets_wrong_is_one_line(arguments, words):
         (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "/x/y: disk full; free some space"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "disk full"),
         (PermissionError(errno.EACCES, "no", "/x"), 2, "/x: permission denied"),
+        (
+            ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir"),
+            2,
+            "this needs onnx_ir, which is not installed: pip install 'uhd-export[export]'",
+        ),
+        (ModuleNotFoundError("", name="triton.language"), 2, "this needs triton, which is not installed"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -143,6 +157,7 @@ def test_defects_of_the_program_keep_their_traceback():
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and "please report it (ZeroDivisionError: oops)" in result.stderr
     assert explain(ZeroDivisionError()) is None
+    assert explain(ModuleNotFoundError("No module named 'runtime.gone'", name="runtime.gone")) is None
 
 
 def test_help_without_a_command():
