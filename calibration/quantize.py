@@ -25,11 +25,11 @@ from runtime.errors import UhdError
 from runtime.manifest import QUALITY, QUALITY_PICTURE, Quantization, RunConfig
 from runtime.progress import progress_bar
 from runtime.slicing import MAX_SLICES
-from uhd_export.build import NANO, source_folder
-from uhd_export.checkpoint import Checkpoint, read_config
+from uhd_export.checkpoint import Checkpoint, read_config, source_folder
 from uhd_export.config import ModelConfig, read_json
 from uhd_export.int4 import GptqCheckpoint, RoundedView, check_group, largest_group, linear_shapes
 from uhd_export.int4.checkpoint import gptq_config
+from uhd_export.provenance import NANO
 from uhd_export.staging import staged_folder
 from uhd_export.tokenizer import checkpoint_tokenizer
 
