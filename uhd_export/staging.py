@@ -29,21 +29,35 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
     Raises UhdError where `out` is in the way, the place is not writable or the disk is full.
     """
     out = Path(out).resolve()
-    _refuse_existing(out, force)
+    refuse_existing(out, force)
     staging, made = None, []
     try:
-        made = [parent for parent in out.parents if not parent.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise UhdError(
-                f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are free; "
-                "make room or choose another disk"
-            )
-        staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-        staging.mkdir()
-        yield staging
-        _move(staging, out)
+        with output_errors(out):
+            made = [parent for parent in out.parents if not parent.exists()]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(out.parent).free
+            if needed > free:
+                raise UhdError(
+                    f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are "
+                    "free; make room or choose another disk"
+                )
+            staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+            staging.mkdir()
+            yield staging
+            _move(staging, out)
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # they hold `out` where all went well
+            for parent in made:
+                parent.rmdir()
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Turn what the operating system says while `out` is written, or something beside it, into a UhdError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _FULL or _SHORT_WRITE.search(str(error)):
             reason = error.strerror or str(error)
@@ -53,15 +67,10 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
         if error.filename is not None and Path(error.filename).is_relative_to(out.parent):
             raise UhdError(f"output {out}: cannot be written ({error.strerror}); choose another") from None
         raise
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # they hold `out` where all went well
-            for parent in made:
-                parent.rmdir()
 
 
-def _refuse_existing(out: Path, force: bool) -> None:
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise UhdError where `out` is in the way; see `staged_folder`."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if not out.exists():
