@@ -80,6 +80,17 @@ def test_two_images_in_a_prompt(golden_model):
         model.inputs_embeds(images, [1, IMAGE_ID])
 
 
+@pytest.mark.parametrize("token", [-5, 32000])
+def test_prompt_ids_outside_the_vocabulary_are_named(golden_model, token):
+    with pytest.raises(UhdError, match=f"token id {token} is outside the vocabulary of 32000"):
+        golden_model().generate_ids(recipe.image(500, 120, 5), [token, IMAGE_ID, 3], 3)
+
+
+def test_an_empty_prompt_is_refused(golden_model):
+    with pytest.raises(UhdError, match="prompt: empty"):
+        golden_model().generate_ids([], [], 3)
+
+
 def test_generation_stops_at_end_of_text(golden_model, monkeypatch):
     model, image, prompt, golden = run(golden_model, "flat", "noslice")
     stopping = replace(model.config.language, eos=(int(golden["generated"][3]),))
@@ -96,7 +107,10 @@ def test_the_embedded_model_is_loaded_by_name():
     [
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"layout": "stacked"}, "layout 'stacked'"),
-        ({"grid": "auto"}, "grid mode 'auto'"),
+        ({"grid": "auto"}, "grid 'auto'"),
+        ({"boxes": "foo"}, "boxes 'foo': must be one of exact, bf16"),
+        ({"max_slices": 0}, "max slices 0"),
+        ({"resize": 0}, "resize 0"),
         ({"mask": 6}, "feature_scale_mask: 6"),
         ({"vision_tower": "/no/such/tower/here"}, "/no/such/tower/here"),
         ({"config": "/no/such.json"}, r"/no/such\.json: no such file"),

@@ -10,11 +10,8 @@ from tokenizers import Tokenizer
 
 from runtime import prompt as prompts
 from runtime.errors import UhdError
-from runtime.geometry import GRID_MODES
 from runtime.integrity import hash_file
-from runtime.layout import LAYOUTS
 from runtime.manifest import (
-    BOXES,
     DTYPES,
     EMBEDDINGS,
     LANGUAGE,
@@ -35,8 +32,9 @@ from runtime.manifest import (
 from runtime.progress import progress_bar
 from runtime.slicing import MAX_SLICES
 from uhd_export.checkpoint import Checkpoint, read_config, source_folder
-from uhd_export.config import ModelConfig
+from uhd_export.config import ModelConfig, check_image_options
 from uhd_export.engines import BACKENDS, engine_options, replace_graphs
+from uhd_export.fields import choice
 from uhd_export.int4 import WeightOptions, as_stored, linear_format, open_checkpoint, resolve
 from uhd_export.language_graph import emit_language
 from uhd_export.model import refuse_unknown
@@ -72,21 +70,9 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
-        for name, allowed in (
-            ("backend", BACKENDS),
-            ("dtype", DTYPES),
-            ("grid", GRID_MODES),
-            ("boxes", BOXES),
-            ("layout", (None, *LAYOUTS)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                names = ", ".join(a for a in allowed if a is not None)
-                raise UhdError(f"{name} {value!r}: must be one of {names}")
-        if self.max_slices < 1:
-            raise UhdError(f"max slices {self.max_slices}: must be at least 1 (1 means overview only)")
-        if self.resize is not None and self.resize < 1:
-            raise UhdError(f"resize {self.resize}: the longest side must be at least one pixel")
+        choice("backend", self.backend, BACKENDS)
+        choice("dtype", self.dtype, DTYPES)
+        check_image_options(self.layout, self.grid, self.max_slices, self.resize, self.boxes)
 
 
 def build_bundle(

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from runtime.errors import UhdError
-from runtime.layout import COMMA, NEWLINE, Separators
+from runtime.geometry import GRID_MODES
+from runtime.layout import COMMA, LAYOUTS, NEWLINE, Separators
+from runtime.manifest import BOXES
 from runtime.shapes import HEAD_SIZE, LanguageShape, ModelShape, ProjectorShape, VisionShape
-from uhd_export.fields import optional, required, size
+from uhd_export.fields import choice, optional, required, size
 from uhd_export.fields import read_json as read_json  # imported from here too
 
 # The base CLIP of the official checkpoints, so that no download is needed to know its shape.
@@ -242,3 +244,16 @@ def _vision(config: dict, tower: dict) -> VisionShape:
         patch=patch,
         eps=float(optional(tower, "layer_norm_eps", (int, float), 1e-5, where)),
     )
+
+
+def check_image_options(
+    layout: str | None, grid: str, max_slices: int, resize: int | None, boxes: str
+) -> None:
+    """Raise UhdError naming the first option of how images are cut and laid out that is out of range."""
+    choice("layout", layout, (None, *LAYOUTS))
+    choice("grid", grid, GRID_MODES)
+    choice("boxes", boxes, BOXES)
+    if max_slices < 1:
+        raise UhdError(f"max slices {max_slices}: must be at least 1 (1 means overview only)")
+    if resize is not None and resize < 1:
+        raise UhdError(f"resize {resize}: the longest side must be at least one pixel")

@@ -1,6 +1,7 @@
-"""Fields of a JSON configuration: read with their type, refused by name."""
+"""Fields of a JSON configuration and options of a call: read with their type, refused by name."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,10 @@ def size(config: dict, field: str, default: int | None = None, where: str = "con
     if value < 1:
         raise UhdError(f"{where} field {field}: {value} must be above zero")
     return value
+
+
+def choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise UhdError where option `name` is not one of those `allowed`; None among them goes unsaid."""
+    if value not in allowed:
+        names = ", ".join(str(a) for a in allowed if a is not None)
+        raise UhdError(f"{name} {value!r}: must be one of {names}")

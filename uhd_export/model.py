@@ -9,12 +9,13 @@ from PIL import Image
 
 from runtime import prompt as prompts
 from runtime.errors import UhdError
-from runtime.geometry import GRID_MODES, crop_geometry
-from runtime.layout import LAYOUTS, layout_indices
+from runtime.geometry import crop_geometry
+from runtime.layout import layout_indices
 from runtime.pixels import cut, normalise, open_image
 from runtime.slicing import MAX_SLICES, SlicePlan, plan_slices
 from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint, read_config, source_folder
-from uhd_export.config import ModelConfig
+from uhd_export.config import ModelConfig, check_image_options
+from uhd_export.fields import choice
 from uhd_export.int4 import open_checkpoint
 from uhd_export.language import LanguageModel
 from uhd_export.projector import HiwinProjector, V1Projector
@@ -110,6 +111,12 @@ class UhdModel:
             raise UhdError(
                 f"prompt has {ids.count(prompts.IMAGE_ID)} <image> markers for {len(images)} images"
             )
+        if not ids:
+            raise UhdError("prompt: empty; ask a question")
+        vocab = self.config.language.vocab
+        for token in ids:
+            if token != prompts.IMAGE_ID and not 0 <= token < vocab:
+                raise UhdError(f"prompt: token id {token} is outside the vocabulary of {vocab}")
         rest, table = iter(images), self.language.model.embed_tokens
         pieces = []
         for token in ids:
@@ -192,15 +199,11 @@ def load_model(
     exact or bf16, by default as the released code in `dtype`.
     Raises UhdError for whatever is missing, broken or not supported.
     """
-    if dtype not in DTYPES:
-        raise UhdError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    if layout is not None and layout not in LAYOUTS:
-        raise UhdError(f"layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
-    if grid not in GRID_MODES:
-        raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
+    choice("dtype", dtype, DTYPES)
+    boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
+    check_image_options(layout, grid, max_slices, resize, boxes)
     folder = source_folder(source)
     parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
-    boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
     return UhdModel(
         folder, parsed, DTYPES[dtype], grid=grid, max_slices=max_slices, resize=resize, boxes=boxes
     )
