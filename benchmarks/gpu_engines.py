@@ -17,7 +17,7 @@ from runtime.engine import Engine, open_engine
 from runtime.errors import UhdError
 from runtime.geometry import crop_geometry
 from runtime.shapes import LanguageShape
-from runtime.tensorrt_backend import BACKENDS, describe_backend, open_tensorrt
+from runtime.tensorrt_backend import BACKENDS, describe_backend, open_tensorrt, supported_capabilities
 from runtime.tensorrt_engine import TensorrtEngine
 from runtime.tensorrt_memory import DeviceArray
 from uhd_export.config import ModelConfig
@@ -26,7 +26,6 @@ from uhd_export.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.language_graph import emit_language
 from uhd_export.linear import Dense, Linear
 from uhd_export.tensorrt import EngineOptions, build_engine, language_profiles, vision_profiles
-from uhd_export.tensorrt.options import supported_capabilities
 
 GROUP = 128
 # Memory is taken and kernels are compiled in the first runs; TensorRT-RTX goes on compiling for the shapes at

@@ -61,6 +61,15 @@ def open_tensorrt(backend: str) -> ModuleType:
     return trt
 
 
+def supported_capabilities(trt: ModuleType) -> dict[str, Any]:
+    """Compute capabilities that this TensorRT builds for without a GPU, with its names for them."""
+    members = getattr(trt, "ComputeCapability", None)
+    if members is None:
+        return {}
+    targets = {name[2:]: value for name, value in members.__members__.items() if name.startswith("SM")}
+    return {f"{digits[:-1]}.{digits[-1]}": value for digits, value in targets.items()}
+
+
 @functools.cache
 def _link_library() -> None:
     """Give the library the name under which it loads itself.

@@ -79,7 +79,7 @@ class Context:
                 outputs[name] = DeviceArray.allocate(self._cuda, array.shape, array.dtype)
         for name, array in {**places, **outputs}.items():
             if self._addresses.get(name) != array.address:
-                self.context.set_tensor_address(name, array.address)
+                self._done(self.context.set_tensor_address(name, array.address), f"place of {name}")
                 self._addresses[name] = array.address
         if self._addresses.get(_SCRATCH) != self._scratch.address:
             self.context.set_device_memory(self._scratch.address, self._scratch.nbytes)

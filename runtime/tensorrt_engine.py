@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.engine import Binding, Engine, check_feeds
 from runtime.errors import UhdError
-from runtime.tensorrt_backend import BACKENDS, logger, messages, open_tensorrt
+from runtime.tensorrt_backend import BACKENDS, logger, messages, open_tensorrt, supported_capabilities
 from runtime.tensorrt_context import Context
 from runtime.tensorrt_cuda import Cuda, open_cuda
 from runtime.tensorrt_jit import JitCache
@@ -154,11 +154,15 @@ class TensorrtEngine(Engine):
 
     def _check_gpu(self) -> None:
         targets, present = self.record.compute_capabilities, self.cuda.capability
-        if present not in targets:
-            raise UhdError(
-                f"engine {self.path}: built for compute capability {', '.join(targets)}, but this GPU has "
-                f"{present} ({self.cuda.name}); build the bundle again with --compute-capability {present}"
-            )
+        if present in targets:
+            return
+        remedy = "on this machine, with --backend tensorrt"
+        if present in supported_capabilities(self.trt):
+            remedy = f"with --compute-capability {present}"
+        raise UhdError(
+            f"engine {self.path}: built for compute capability {', '.join(targets)}, but this GPU has "
+            f"{present} ({self.cuda.name}); build the bundle again {remedy}"
+        )
 
     def _load(self) -> Any:
         """The deserialized engine, read from the mapped file."""

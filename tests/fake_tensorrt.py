@@ -253,6 +253,8 @@ def fake_module(cuda, record, *, rtx=True, version=None, invalid=0, broken=False
     if rtx:
         trt.Runtime, trt.IRuntimeCache = ValidatingRuntime, FakeCache
         trt.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE")
+        # TensorRT-RTX builds for these, and not for 9.0.
+        trt.ComputeCapability = SimpleNamespace(__members__={"SM86": 86, "SM89": 89, "SM120": 120})
         trt.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE=0)
         trt.EngineValidity = SimpleNamespace(INVALID="INVALID")
         members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2}

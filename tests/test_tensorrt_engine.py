@@ -387,8 +387,10 @@ def test_feeds_are_checked(machine, language):
         ),
         (
             {"capability": "9.0"},
-            r"built for compute capability 8\.6, 8\.9, but this GPU has 9\.0 \(Fake GPU\)",
+            r"built for compute capability 8\.6, 8\.9, but this GPU has 9\.0 \(Fake GPU\); build the bundle "
+            "again on this machine, with --backend tensorrt",
         ),
+        ({"capability": "12.0"}, r"build the bundle again with --compute-capability 12\.0"),
         ({"invalid": 3}, r"cannot load it \(version mismatch, unsupported cc\); build the bundle again$"),
         ({"invalid": 8}, r"cannot load it \(not valid on this system\)"),
         ({"broken": True}, r"cannot load it \(bad tag\); build the bundle again$"),

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from runtime.errors import UhdError
-from runtime.tensorrt_backend import describe_backend
+from runtime.tensorrt_backend import describe_backend, supported_capabilities
 from runtime.tensorrt_cuda import current_capability
 
 # What an engine is built for where nobody says: every GPU that runs all our graphs (7.5 has neither int4
@@ -28,15 +27,6 @@ class EngineOptions:
     plugins: bool = True
     workspace: int | None = None
     tf32: bool = False
-
-
-def supported_capabilities(trt: ModuleType) -> dict[str, Any]:
-    """Compute capabilities that this TensorRT builds for without a GPU, with its names for them."""
-    members = getattr(trt, "ComputeCapability", None)
-    if members is None:
-        return {}
-    targets = {name[2:]: value for name, value in members.__members__.items() if name.startswith("SM")}
-    return {f"{digits[:-1]}.{digits[-1]}": value for digits, value in targets.items()}
 
 
 def target_capabilities(trt: ModuleType, options: EngineOptions) -> tuple[str, ...]:
