@@ -8,6 +8,8 @@ damage and careless edits; they are no signature, so they don't say who made the
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,8 +196,14 @@ def _digest(record: dict) -> str:
 
 def _validate(manifest: Manifest, path: Path) -> None:
     """Refuse values that the program cannot run, and file names that leave the folder."""
-    run = manifest.run
+    run, model, precision = manifest.run, manifest.model, manifest.precision
     for field, value, allowed in (
+        ("backend", manifest.backend, ("onnxruntime", *ENGINE_BACKENDS)),
+        ("precision.vision", precision.vision, DTYPES),
+        ("precision.language", precision.language, DTYPES),
+        ("precision.embeddings", precision.embeddings, DTYPES),
+        ("model.projector.kind", model.projector.kind, ("hiwin", "v1")),
+        ("model.language.kind", model.language.kind, ("llama", "qwen2")),
         ("run.layout", run.layout, LAYOUTS),
         ("run.template", run.template, TEMPLATES),
         ("run.grid", run.grid, GRID_MODES),
@@ -203,9 +211,26 @@ def _validate(manifest: Manifest, path: Path) -> None:
     ):
         if value not in allowed:
             raise UhdError(f"{path}.{field}: {value!r} is not supported; expected {', '.join(allowed)}")
+    levels = model.projector.levels
+    if levels[:1] != (1,) or levels != tuple(scale for scale in (1, 2, 4, 8) if scale in levels):
+        raise UhdError(f"{path}.model.projector.levels: {list(levels)} must be 1 and some of 2, 4, 8")
+    for field, value in _sizes(manifest):
+        if not 0 < value < math.inf:
+            raise UhdError(f"{path}.{field}: {value} must be above zero; build the bundle again")
+    if run.context > model.language.context:
+        raise UhdError(f"{path}.run.context: {run.context} is over the model's {model.language.context}")
     for name in manifest.files:
         if Path(name).name != name or name.startswith("."):
             raise UhdError(f"{path}.files: {name!r} is not a plain file name")
     for name in (EMBEDDINGS, TOKENIZER):
         if name not in manifest.files:
             raise UhdError(f"{path}.files: {name} is missing; build the bundle again")
+
+
+def _sizes(manifest: Manifest) -> Iterator[tuple[str, float]]:
+    """Every number that counts or measures something, by its field."""
+    parts = {f"model.{part}": shape for part, shape in dataclasses.asdict(manifest.model).items()}
+    for part, values in (parts | {"run": dataclasses.asdict(manifest.run)}).items():
+        for name, value in values.items():
+            if type(value) in (int, float) and name != "bos":  # an id may be zero
+                yield f"{part}.{name}", value

@@ -42,7 +42,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer stored in `path` (a tokenizer.json)."""
     if not Path(path).is_file():
         raise UhdError(f"tokenizer {path}: no such file")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UhdError(f"tokenizer {path}: cannot be read ({error}); build the bundle again") from None
 
 
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -60,3 +60,13 @@ def test_tokenizer_round_trip_and_missing_file(tmp_path):
     assert encode(load_tokenizer(tmp_path / "tokenizer.json"), "look this") == [1, 5, 8]
     with pytest.raises(UhdError, match=r"none\.json: no such file"):
         load_tokenizer(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer_is_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(
+        UhdError, match=r"tokenizer\.json: cannot be read \(.*\); build the bundle again"
+    ) as caught:
+        load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
