@@ -1,4 +1,7 @@
-"""The emitted language graph: both dialects equal PyTorch, weights are streamed, errors leave nothing."""
+"""The emitted language graph: both dialects equal PyTorch, weights are streamed, errors leave nothing.
+
+ONNX's reference evaluator runs both: it belongs to no backend.
+"""
 
 import weakref
 
@@ -6,16 +9,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from contrib_ops import CONTRIB_OPS
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 from tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
+from runtime.decoder import SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX
 from runtime.errors import UhdError
 from uhd_export.checkpoint import Checkpoint
 from uhd_export.language import rotary_tables
-from uhd_export.language_dialects import rotary_cache
+from uhd_export.language_dialects import DIALECTS, rotary_cache
 from uhd_export.language_graph import emit_language
 from uhd_export.linear import Dense
 
@@ -27,19 +32,27 @@ def initializers(path):
 
 
 class Evaluator:
-    """Runs a TensorRT-dialect graph in ONNX's own reference implementation, carrying the cache along."""
+    """Runs a graph of either dialect in ONNX's own reference implementation, carrying the cache along."""
 
     def __init__(self, path, dtype):
-        self.session, self.dtype = ReferenceEvaluator(str(path)), np.dtype(dtype)
+        self.session = ReferenceEvaluator(str(path), new_ops=CONTRIB_OPS)
+        self.dtype = np.dtype(dtype)
         inputs = zip(self.session.input_names, self.session.input_types, strict=True)
         self.cache = {
-            name: np.zeros([d.dim_value for d in kind.tensor_type.shape.dim], dtype)
+            name: np.zeros([d.dim_value or CONTEXT for d in kind.tensor_type.shape.dim], dtype)
             for name, kind in inputs
             if name.startswith("past")
         }
 
     def run(self, embeds, start):
-        feeds = {"inputs_embeds": embeds.astype(self.dtype), "write_index": np.array([start])}
+        total = start + embeds.shape[1]
+        feeds = {
+            "inputs_embeds": embeds.astype(self.dtype),
+            WRITE_INDEX: np.array([start]),
+            SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
+            TOTAL_LENGTH: np.array(total, np.int32),
+        }
+        feeds = {name: feed for name, feed in feeds.items() if name in self.session.input_names}
         values = self.session.run(None, feeds | self.cache)
         results = dict(zip(self.session.output_names, values, strict=True))
         self.cache = {name: results[name.replace("past_key_values", "present")] for name in self.cache}
@@ -49,17 +62,25 @@ class Evaluator:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", MODELS)
-def test_the_tensorrt_dialect_equals_pytorch_in_onnx_reference(tmp_path, case, dtype):
-    model = tiny_model(*case)
-    path = emit_language(model.config, reader(model), tmp_path / "l.onnx", dtype=dtype, dialect="tensorrt")
+def test_both_dialects_are_equal_in_onnx_reference(tmp_path, case, dtype):
+    model, embeds = tiny_model(*case), embeddings(40)
+    expected, evaluators = reference(model, embeds), []
+    for dialect in DIALECTS:
+        path = tmp_path / f"{dialect}.onnx"
+        emit_language(model.config, reader(model), path, dtype=dtype, dialect=dialect)
+        evaluators.append(Evaluator(path, dtype))
+    # Rewinding, the last, is starting earlier: what the cache holds beyond is overwritten or hidden.
+    for start, stop in ((0, 30), (30, 31), (20, 28)):
+        ours, other = (evaluator.run(embeds[:, start:stop], start) for evaluator in evaluators)
+        assert difference(ours, expected[stop - 1]) < TOLERANCE[dtype]
+        assert difference(ours, other) < TOLERANCE[dtype]
+
+
+def test_the_tensorrt_dialect_is_standard_onnx(tmp_path):
+    model = tiny_model(*MODELS[1])
+    path = emit_language(model.config, reader(model), tmp_path / "l.onnx", dialect="tensorrt")
     onnx.checker.check_model(str(path), full_check=True)
     assert {d.domain: d.version for d in onnx.load(path, load_external_data=False).opset_import} == {"": 24}
-    embeds = embeddings(40)
-    expected, evaluator = reference(model, embeds), Evaluator(path, dtype)
-    assert difference(evaluator.run(embeds[:, :30], 0), expected[29]) < TOLERANCE[dtype]
-    assert difference(evaluator.run(embeds[:, 30:31], 30), expected[30]) < TOLERANCE[dtype]
-    # Rewinding is starting earlier: what the cache holds beyond is overwritten or hidden.
-    assert difference(evaluator.run(embeds[:, 20:28], 20), expected[27]) < TOLERANCE[dtype]
 
 
 def test_half_precision_norms_are_computed_in_float32(tmp_path):
