@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from calibration.command import image_options, quantize, quantized_source, several, weight_options
+from calibration.command import image_options, quantize, quantizer, several, weight_options
 from runtime.errors import UhdError, explain
 from runtime.interrupts import handle_interrupts, was_interrupt
 
@@ -145,8 +145,8 @@ def build(source: str, output: Path, **options: Any) -> None:
     from runtime.report import format_bytes
     from uhd_export.build import build_bundle
 
-    source = quantized_source(source, output, options)
-    manifest = build_bundle(source, output, progress=True, **options)
+    quantize = quantizer(source, output, options)
+    manifest = build_bundle(source, output, quantize=quantize, progress=True, **options)
     print_parity(manifest.parity)
     click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
 

@@ -1,11 +1,11 @@
 """The command `quantize`, and quantizing on the way of `build`. Heavy imports wait until they run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from runtime.errors import UhdError
 
@@ -34,7 +34,10 @@ _stored = (
     click.option("--lm-head", default="dense", show_default=True, help="dense, int8 or int4."),
     click.option("--activations", default="int8", show_default=True, help="Of int4 products: int8 or float."),
 )
-weight_options = several(*_stored, *_calibration)
+# The default of `build --eval`, which is in a hurry: half a minute instead of two.
+_QUESTIONS = 50
+_eval = click.option("--eval", "questions", type=int, help="Questions to nano; default: 50, else none.")
+weight_options = several(*_stored, *_calibration, _eval)
 # How images are cut and laid out, by default as the checkpoint says.
 image_options = several(
     click.option("--layout", help="flat or merged; default: by the checkpoint's generation."),
@@ -90,44 +93,43 @@ def _quantize(source: str, output: Path, gptq: dict, sequences: dict, options: d
     click.echo(f"{output}: a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE` builds it")
 
 
-def quantized_source(source: str, output: Path, options: dict[str, Any]) -> str:
-    """The checkpoint that `build` takes for `--weights int4`: `source` if it is quantized, or made of it.
+def quantizer(source: str, output: Path, options: dict[str, Any]) -> Callable[[], Path] | None:
+    """What makes the checkpoint that `build --weights int4` needs; None where `source` is built as it is.
 
-    Takes the options of calibration out of `options`. A checkpoint that is made is kept beside the
-    bundle, as OUTPUT-gptq, and taken again where source and settings are the same.
+    Takes the options of calibration out of `options`. The checkpoint is kept beside the bundle, as
+    OUTPUT-gptq, and taken again where it was made of the same.
     """
-    calibration = {name: options.pop(name) for name in ("data", "image_root")}
+    calibration = {name: options.pop(name) for name in ("data", "image_root", "questions")}
     sequences = {name: options.pop(name) for name in ("samples", "length", "seed")}
     if options["weights"] != "int4":
-        return source
-    from uhd_export.build import source_folder
+        _refuse_given({*calibration, *sequences}, "is for calibration; give it with --weights int4")
+        return None
+    from uhd_export.checkpoint import source_folder
     from uhd_export.int4.checkpoint import gptq_config
+    from uhd_export.provenance import NANO
 
     if gptq_config(source_folder(source)) is not None:
-        return source
-    made = output.with_name(f"{output.name}-gptq")
-    gptq = {"group": options.pop("group")}
-    options["group"] = None
+        _refuse_given({*calibration, *sequences}, f"checkpoint {source} is quantized already; leave it out")
+        return None
+    if calibration["questions"] is None and source == NANO:
+        calibration["questions"] = _QUESTIONS
+    gptq = {"group": options["group"]}
+    options["group"] = None  # the checkpoint's own groups are built
     names = ("layout", "mask", "grid", "max_slices", "resize", "boxes", "vision_tower", "config")
     images = {name: options[name] for name in names}
-    asked = {"source": str(source), **gptq, **sequences, **calibration, **images}
-    if made.exists():
-        _refuse_other(made, asked)
-        click.echo(f"{made}: quantized before, taken as it is", err=True)
-    else:
+    made = output.with_name(f"{output.name}-gptq")
+
+    def make() -> Path:
         click.echo(f"quantizing into {made} first", err=True)
-        _quantize(source, made, gptq, sequences, {**calibration, **images, "asked": asked, "questions": 0})
-    return str(made)
+        _quantize(source, made, gptq, sequences, {**calibration, **images, "reuse": True})
+        return made
+
+    return make
 
 
-def _refuse_other(made: Path, asked: dict) -> None:
-    """Raise UhdError where the checkpoint in `made` was asked for otherwise."""
-    from runtime.manifest import QUALITY
-
-    try:
-        before = json.loads((made / QUALITY).read_text(encoding="utf-8"))["settings"]["asked"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = {}
-    other = [name for name, value in json.loads(json.dumps(asked)).items() if before.get(name) != value]
-    if other:
-        raise UhdError(f"{made}: is of another {other[0]}; delete it, or give it to build as the checkpoint")
+def _refuse_given(names: set[str], reason: str) -> None:
+    """Raise UhdError where the command line gives one of the options `names`."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
+            raise UhdError(f"{option.opts[0]}: {reason}")

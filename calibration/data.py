@@ -69,6 +69,14 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None) -> list[P
     return pairs
 
 
+def without_duplicates(pairs: list[Pair]) -> list[Pair]:
+    """Each pair once: one on both sides would be judged by what it was calibrated on."""
+    first: dict[tuple, Pair] = {}
+    for pair in pairs:
+        first.setdefault((pair.images, pair.turns), pair)
+    return list(first.values())
+
+
 def _pair(line: str, where: str, root: Path) -> Pair:
     try:
         record = json.loads(line)

@@ -3,8 +3,8 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,29 +12,29 @@ import torch
 from PIL import Image
 
 from calibration.accuracy import measure_accuracy
-from calibration.data import Pair, card_pairs, read_pairs
+from calibration.data import Pair, card_pairs, read_pairs, without_duplicates
 from calibration.estimate import require_memory
 from calibration.gptq import CALIBRATION, HELD_OUT, Run
 from calibration.picture import draw_report
 from calibration.quality import Accuracy, Report
 from calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
 from calibration.solver import GptqOptions, library_version
-from calibration.work import Work
-from calibration.writer import quantization_config, write_checkpoint
+from calibration.work import Work, differing
+from calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
 from runtime.errors import UhdError
 from runtime.manifest import QUALITY, QUALITY_PICTURE, Quantization, RunConfig
 from runtime.progress import progress_bar
 from runtime.slicing import MAX_SLICES
 from uhd_export.checkpoint import Checkpoint, read_config, source_folder
-from uhd_export.config import ModelConfig, read_json
+from uhd_export.config import ModelConfig, check_image_options, read_json
 from uhd_export.int4 import GptqCheckpoint, RoundedView, check_group, largest_group, linear_shapes
 from uhd_export.int4.checkpoint import gptq_config
 from uhd_export.provenance import NANO
-from uhd_export.staging import staged_folder
+from uhd_export.staging import output_errors, staged_folder
 from uhd_export.tokenizer import checkpoint_tokenizer
 
 # Raised when a change of code makes unfinished work of an earlier version useless.
-_WORK_VERSION = 1
+_WORK_VERSION = 2
 QUESTIONS = 200
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def quantize(
     config: str | Path | None = None,
     pairs: list[Pair] | None = None,
     questions: int | None = None,
-    asked: dict[str, object] | None = None,
+    reuse: bool = False,
     progress: bool = False,
     say: Say = lambda line: None,
 ) -> Report:
@@ -67,15 +67,18 @@ def quantize(
     Calibrates on `data`, a JSONL file (see `read_pairs`), on `pairs`, or by default on the embedded
     model's card images. `out` is a checkpoint in AutoGPTQ's format that holds the other tensors as they
     were, with its quality report as JSON and PNG. `questions` is how many of the embedded model's
-    questions are asked before and after, by default 200 where `source` is "nano" and none otherwise.
-    `asked` is noted in the report as it is. `batch` sequences run at once; the other options are as in
-    `build_bundle`. An interrupted run leaves a hidden folder beside `out`, and the same call continues at
-    the layer where it stopped; `say` is told so. Raises UhdError; then there is no `out`.
+    questions are asked before and after, by default 200 where `source` is "nano" and none otherwise. With
+    `reuse` an `out` that was made of the same is left as it is, and its report returned. `batch` sequences
+    run at once; the other options are as in `build_bundle`. An interrupted run leaves a hidden folder
+    beside `out`, and the same call continues at the layer where it stopped; `say` is told so. Raises
+    UhdError; then there is no `out`.
     """
     gptq, options = gptq or GptqOptions(), sequences or SequenceOptions()
     gptq.check()
+    check_image_options(layout, grid, max_slices, resize, boxes)
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    made = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if made and not reuse:
         raise UhdError(f"output {out}: exists already; choose another, or delete it")
     version = library_version()
     folder = source_folder(source)
@@ -88,20 +91,26 @@ def quantize(
     options.check(parsed.language.context)
     if pairs is None:
         count = options.samples + options.held_out
-        pairs = card_pairs(count, options.seed) if data is None else read_pairs(data, image_root)
-    require_memory(parsed, options, batch)
+        pairs = card_pairs(count, options.seed) if data is None else _read(data, image_root, say)
     if questions is None:
         questions = QUESTIONS if str(source) == NANO else 0
     run = run_config(parsed, grid=grid, max_slices=max_slices, resize=resize, boxes=boxes)
     settings = {"gptq": asdict(gptq), "sequences": asdict(options), "images": asdict(run)}
     identity = _identity(folder, parsed, settings, pairs, version)
+    if made:
+        report = _made_before(out, identity)
+        say(f"{out}: quantized before, taken as it is")
+        return report
+    require_memory(parsed, options, batch, questions)
     work = Work(out.with_name(f".{out.name}.quantize"))
     raw = read_json(Path(config) if config else folder / "config.json")
     raw["quantization_config"] = quantization_config(gptq, version)
-    with _opened(folder) as checkpoint:
+    with closing(Checkpoint(folder)) as checkpoint, output_errors(out):
         work.prepare(identity, say)
         saved = work.load_activations()
-        if saved is None:
+        if saved is not None:
+            say(f"continuing unfinished work at layer {saved[0]} of {parsed.language.layers}")
+        else:
             try:
                 built = _sequences(checkpoint, parsed, run, pairs, options, progress)
                 saved = 0, Run.states_of(built), built.judged
@@ -112,12 +121,10 @@ def quantize(
         layer, states, judged = saved
         quantization = Run(checkpoint, parsed.language, gptq, work, states, judged, batch, layer)
         quantization.records()
-        if layer:
-            say(f"continuing unfinished work at layer {layer} of {parsed.language.layers}")
         with progress_bar("GPTQ", quantization.steps, show=progress) as bar:
             quantization.quantize_layers(bar.advance)
-        report = _report(quantization, settings | {"asked": asked}, version)
-        with staged_folder(out, needed=report.bytes_after) as staging:
+        report = _report(quantization, settings | {"made_of": identity}, version)
+        with staged_folder(out, needed=bytes_beside_layers(checkpoint, parsed.language)) as staging:
             with progress_bar("writing", len(checkpoint.names()), show=progress) as bar:
                 write_checkpoint(checkpoint, raw, parsed.language, work, staging, bar.advance)
             if questions:
@@ -162,34 +169,43 @@ def _accuracy(
         after.close()
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Checkpoint]:
-    checkpoint = Checkpoint(folder)
+def _read(data: str | Path, image_root: str | Path | None, say: Say) -> list[Pair]:
+    pairs = read_pairs(data, image_root)
+    distinct = without_duplicates(pairs)
+    if len(distinct) < len(pairs):
+        say(f"{data}: {len(pairs) - len(distinct)} of {len(pairs)} pairs are duplicates and left out")
+    return distinct
+
+
+def _made_before(out: Path, identity: dict[str, str]) -> Report:
+    """The report of the checkpoint in `out`. Raises UhdError where it was made of anything else."""
+    remedy = "delete it, or give it to build as the checkpoint"
     try:
-        yield checkpoint
-    finally:
-        checkpoint.close()
+        report = Report.from_json(json.loads((out / QUALITY).read_text(encoding="utf-8")))
+        before = dict(report.settings["made_of"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UhdError(f"{out}: {QUALITY} does not tell what it was made of; {remedy}") from None
+    if before != identity:
+        raise UhdError(f"{out}: was made of other {', '.join(differing(before, identity))}; {remedy}")
+    return report
 
 
 def _identity(
     folder: Path, config: ModelConfig, settings: dict, pairs: list[Pair], version: str
-) -> dict[str, object]:
-    """What must be the same for unfinished work to be continued; its keys are shown to the user."""
+) -> dict[str, str]:
+    """Digests of what decides the result, to know it again by; the keys are shown to the user."""
     weights = {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(folder.glob("*.safetensors"))
     }
-    return json.loads(
-        json.dumps(
-            {
-                "version": _WORK_VERSION,
-                "checkpoint": [str(folder.resolve()), weights, repr(config)],
-                "settings": settings,
-                "data": _fingerprint(pairs),
-                "tools": [version, torch.__version__],
-            }
-        )
-    )
+    parts = {
+        "version": _WORK_VERSION,
+        "checkpoint": [str(folder.resolve()), weights, repr(config)],
+        "settings": settings,
+        "data": _fingerprint(pairs),
+        "tools": [version, torch.__version__],
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _fingerprint(pairs: list[Pair]) -> str:

@@ -47,6 +47,8 @@ class SequenceOptions:
             raise UhdError(f"samples {self.samples}: too few to calibrate on; at least {MIN_SAMPLES}")
         if self.held_out < 1:
             raise UhdError(f"held-out {self.held_out}: at least 1 sequence is needed to judge by")
+        if self.seed < 0:
+            raise UhdError(f"seed {self.seed}: must be 0 or more")
         if not 1 <= self.length <= context:
             raise UhdError(f"length {self.length}: must be from 1 to the model's context of {context}")
 
@@ -106,7 +108,7 @@ def build_sequences(
 ) -> Sequences:
     """Encode the pairs with the checkpoint's own vision part and embedding table, in float32.
 
-    Held-out pairs come first in the seed's order, so that more samples leave them as they are.
+    Held-out pairs come first in the seed's order, so that more samples of one file leave them as they are.
     Raises UhdError naming a pair whose image cannot be read, and where too few are short enough.
     """
     options.check(config.language.context)

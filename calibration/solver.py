@@ -117,13 +117,17 @@ class GroupSolver:
         dense = self._linears[name].weight
         with contextlib.redirect_stdout(io.StringIO()):
             values, scales, zeros, g_idx, _, loss, _, samples = task.quantize()
-        failed = "its statistics could not be factorised" if task.qcfg.mock_quantization else None
-        fallback = loss if isinstance(loss, str) else failed
+        failed, expected = task.qcfg.mock_quantization, task.expected_nsamples
         task.free()
-        if fallback is not None:
-            rounded = round_to_nearest(dense.numpy(), self._options.group, symmetric=self._options.symmetric)
-            return Solved(rounded, samples, fallback)
-        return Solved(_weight(values, scales, zeros, g_idx), samples, None)
+        if not failed and not isinstance(loss, str):
+            return Solved(_weight(values, scales, zeros, g_idx), samples, None)
+        rounded = round_to_nearest(dense.numpy(), self._options.group, symmetric=self._options.symmetric)
+        # The library's name for a linear that saw too little.
+        few = isinstance(loss, str) and loss.startswith("fallback(")
+        reason = (
+            f"saw {samples:,} of {expected:,} tokens" if few else "its statistics could not be factorised"
+        )
+        return Solved(rounded, samples, reason)
 
 
 def _weight(

@@ -2,15 +2,16 @@
 
 Every file is written under a temporary name and renamed. `state.json` identifies source, data and
 settings; `activations.safetensors` holds the hidden states before layer N, which it names;
-`layer-00000.safetensors` and so on the finished layers below N. A run that stops loses the layer
-it was at, no more.
+`layer-00000.safetensors` and so on the finished layers below N, which become files of the checkpoint as
+they are, and `layer-00000.json` what was measured on them. A run that stops loses the layer it was at,
+no more.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from calibration.quality import LinearQuality
 from runtime.errors import UhdError
 
 _STATE, _ACTIVATIONS = "state.json", "activations.safetensors"
+_FORMAT = {"format": "pt"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,10 +49,24 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that others may read too; the library makes it the owner's alone."""
-    save_file(tensors, path, metadata)
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] = _FORMAT
+) -> None:
+    """A safetensors file that others may read too; the library makes it the owner's alone.
+
+    Several keys of `metadata` are written in random order.
+    """
+    save_file(tensors, path, dict(metadata))
     path.chmod(0o644)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def differing(before: dict, now: dict) -> list[str]:
+    """The keys whose values are not the same in both."""
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
 class Work:
@@ -73,21 +89,19 @@ class Work:
         if previous == identity:
             return
         if previous is not None:
-            changed = sorted(k for k in {*identity, *previous} if identity.get(k) != previous.get(k))
-            say(f"unfinished work in {self.folder} is of other {', '.join(changed)}: starting anew")
+            changed = ", ".join(differing(previous, identity))
+            say(f"unfinished work in {self.folder} is of other {changed}: starting anew")
         shutil.rmtree(self.folder, ignore_errors=True)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True)
-            partial = self.folder / (_STATE + ".partial")
-            partial.write_text(json.dumps(identity), encoding="utf-8")
-            os.replace(partial, self.folder / _STATE)
+            self._save(self.folder / _STATE, lambda path: _write_json(path, identity))
 
     def save_activations(self, layer: int, states: dict[str, Activations], judged: tuple[int, ...]) -> None:
         """Keep the hidden states before `layer`."""
         tensors = {name: activations.rows for name, activations in states.items()}
         lengths = {name: activations.lengths for name, activations in states.items()}
         metadata = {"layer": str(layer), "lengths": json.dumps(lengths), "judged": json.dumps(judged)}
-        self._save(self.folder / _ACTIVATIONS, tensors, metadata)
+        self._save(self.folder / _ACTIVATIONS, lambda path: write_tensors(path, tensors, metadata))
 
     def load_activations(self) -> tuple[int, dict[str, Activations], tuple[int, ...]] | None:
         """(layer, states, judged) as saved, or None where there are none that can be read."""
@@ -110,26 +124,25 @@ class Work:
 
     def save_layer(self, layer: int, tensors: dict[str, np.ndarray], records: list[LinearQuality]) -> None:
         """Keep a finished layer and what was measured on it."""
-        rows = json.dumps([asdict(record) for record in records])
-        self._save(
-            self.layer_file(layer),
-            {name: torch.from_numpy(array) for name, array in tensors.items()},
-            {"format": "pt", "quality": rows},
-        )
+        path, rows = self.layer_file(layer), [asdict(record) for record in records]
+        self._save(path.with_suffix(".json"), lambda partial: _write_json(partial, rows))
+        parts = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        self._save(path, lambda partial: write_tensors(partial, parts))
 
     def layer_quality(self, layer: int) -> list[LinearQuality]:
         """What was measured on finished layer `layer`. Raises UhdError where its file is not whole."""
         path = self.layer_file(layer)
         try:
-            with safe_open(path, "pt") as file:
-                return [LinearQuality(**record) for record in json.loads(file.metadata()["quality"])]
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            with safe_open(path, "pt"):  # which fails where it is cut short
+                rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            return [LinearQuality(**row) for row in rows]
+        except (FileNotFoundError, SafetensorError, TypeError, ValueError):
             raise UhdError(f"{path}: missing or damaged; delete {self.folder} to start anew") from None
 
-    def _save(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def _save(self, path: Path, write: Callable[[Path], None]) -> None:
         partial = path.with_name(path.name + ".partial")
         with disk_errors(self.folder):
-            write_tensors(partial, tensors, metadata)
+            write(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)

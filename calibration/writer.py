@@ -8,12 +8,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from calibration.layers import MODULES
 from calibration.solver import GptqOptions
 from calibration.work import Work, disk_errors, write_tensors
 from runtime.manifest import QUALITY, QUALITY_PICTURE
 from runtime.shapes import LanguageShape
 from uhd_export.checkpoint import Checkpoint
+from uhd_export.int4 import linear_shapes
 
 _SHARD_BYTES = 2 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
@@ -50,11 +50,8 @@ def write_checkpoint(
 
     One shard's tensors are in memory at a time, and those of a checkpoint in the same type stay mapped.
     """
-    quantized = {
-        f"model.layers.{index}.{module}.weight" for index in range(language.layers) for module in MODULES
-    }
     with disk_errors(folder):
-        shards = _split(checkpoint, sorted(checkpoint.names() - quantized))
+        shards = _split(checkpoint, _unquantized(checkpoint, language))
         count = language.layers + len(shards)
         where: dict[str, str] = {}
         total = 0
@@ -73,11 +70,20 @@ def write_checkpoint(
                 where[tensor] = name
                 total += tensors[tensor].nbytes
                 on_tensor()
-            write_tensors(folder / name, tensors, {"format": "pt"})
+            write_tensors(folder / name, tensors)
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index_file)
         _write_json(folder / "config.json", config)
         _copy_rest(checkpoint.folder, folder)
+
+
+def bytes_beside_layers(checkpoint: Checkpoint, language: LanguageShape) -> int:
+    """How much `write_checkpoint` writes: finished layers are on the disk already."""
+    return sum(checkpoint.tensor(name).nbytes for name in _unquantized(checkpoint, language))
+
+
+def _unquantized(checkpoint: Checkpoint, language: LanguageShape) -> list[str]:
+    return sorted(checkpoint.names() - {f"{name}.weight" for name in linear_shapes(language)})
 
 
 def _split(checkpoint: Checkpoint, names: list[str]) -> list[list[str]]:

@@ -20,8 +20,8 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
         return
     path = folder / QUALITY
     try:
-        lines = summary_lines(json.loads(path.read_text(encoding="utf-8")))
-        table = worst_linears(json.loads(path.read_text(encoding="utf-8")))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        lines, table = summary_lines(report), worst_linears(report)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UhdError(f"{path}: not a quality report ({error}); quantize the checkpoint again") from None
     console = console or Console()
@@ -53,7 +53,7 @@ def summary_lines(report: dict) -> list[str]:
         exact = (f"{name} {count / asked:.1%}" for name, count in report["accuracy"]["exact"].items())
         lines.append(f"exact answers of {asked} questions: {', '.join(exact)}")
     fallbacks = report["fallbacks"]
-    lines.append(f"rounded for want of samples: {'; '.join(fallbacks) if fallbacks else 'none'}")
+    lines.append(f"rounded instead of GPTQ: {'; '.join(fallbacks) if fallbacks else 'none'}")
     return lines
 
 

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from calibration.command import quantize, quantized_source
+from calibration.command import quantize
+from cli import main
 from runtime.errors import UhdError
 from runtime.manifest import QUALITY, FileRecord, read_manifest
 from runtime.quality_report import print_quality
@@ -193,32 +194,71 @@ def test_the_quality_report_goes_along_and_is_printed(plain, tmp_path):
     print_quality(tmp_path / "out", manifest, console)
 
 
-CALIBRATION = {"data": None, "image_root": None, "samples": 4, "length": 256, "seed": 0}
-IMAGES = dict.fromkeys(("layout", "mask", "resize", "vision_tower", "config"))
-IMAGES |= {"grid": "selective", "max_slices": 9, "boxes": "exact"}
-OPTIONS = {"weights": "int4", "group": None, **CALIBRATION, **IMAGES}
+@pytest.fixture
+def calibrated(monkeypatch):
+    """What `build` would have quantized: source, output, settings."""
+    calls = []
+    monkeypatch.setattr("calibration.command._quantize", lambda *arguments: calls.append(arguments))
+    return calls
 
 
-def test_build_takes_a_quantized_source_or_one_made_before(plain, tmp_path, monkeypatch):
-    made, calls = tmp_path / "out-gptq", []
-    gptq = _gptq(plain, tmp_path / "gptq")
-    assert quantized_source(str(plain), tmp_path / "out", OPTIONS | {"weights": "auto"}) == str(plain)
-    assert quantized_source(str(gptq), tmp_path / "out", dict(OPTIONS)) == str(gptq)
+def _build(*arguments):
+    return CliRunner().invoke(main, ["build", *map(str, arguments)])
 
-    def record(source, output, *settings):
-        calls.append(settings)
-        output.mkdir()
-        asked = json.dumps({"settings": {"asked": settings[2]["asked"]}})
-        (output / QUALITY).write_text(asked)
 
-    monkeypatch.setattr("calibration.command._quantize", record)
-    options = dict(OPTIONS)
-    assert quantized_source(str(plain), tmp_path / "out", options) == str(made)
-    assert {"data", "samples", "length", "seed", "image_root"}.isdisjoint(options)
-    assert quantized_source(str(plain), tmp_path / "out", dict(OPTIONS)) == str(made)
-    assert len(calls) == 1
-    with pytest.raises(UhdError, match="out-gptq: is of another samples; delete it"):
-        quantized_source(str(plain), tmp_path / "out", OPTIONS | {"samples": 8})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--activations", "int3"], "activations 'int3'"),
+        (["--lm-head", "int3"], "lm_head 'int3'"),
+        (["--dtype", "int3"], "dtype 'int3'"),
+        (["--backend", "none"], "backend 'none'"),
+        (["--grid", "none"], "grid 'none'"),
+        (["--context", "99999"], "context: 99999 positions"),
+        (["--context", "10"], "--context 10: "),
+        (["--force"], "exists and is no bundle"),
+        ([], "exists already"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused_before_anything_is_quantized(
+    plain, tmp_path, calibrated, options, message
+):
+    (tmp_path / "out").mkdir()
+    if message.startswith("exists"):
+        (tmp_path / "out" / "file").touch()
+    result = _build(
+        plain, "-o", tmp_path / "out", "--weights", "int4", "--vision-tower", plain / "clip", *options
+    )
+    assert (result.exit_code, calibrated) == (2, [])
+    assert message in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_build_quantizes_what_is_not_quantized(plain, tmp_path, calibrated):
+    gptq, out = _gptq(plain, tmp_path / "gptq"), tmp_path / "out"
+    result = _build(
+        plain, "-o", out, "--weights", "int4", "--vision-tower", plain / "clip", "--group-size", "64"
+    )
+    assert "out-gptq: holds no safetensors file" in result.output  # nothing has made it
+    ((source, made, options, sequences, rest),) = calibrated
+    assert (source, made) == (str(plain), tmp_path / "out-gptq")
+    assert (options, sequences) == ({"group": 64}, {"samples": 32, "length": 2048, "seed": 0})
+    assert (rest["reuse"], rest["questions"], rest["grid"]) == (True, None, "selective")
+    _build("nano", "-o", out, "--weights", "int4")
+    assert calibrated[1][-1]["questions"] == 50
+    result = _build(gptq, "-o", out, "--weights", "int4", "--no-verify")
+    assert (result.exit_code, len(calibrated)) == (0, 2)
+
+
+@pytest.mark.parametrize("option", ["--data", "--image-root", "--samples", "--length", "--seed", "--eval"])
+def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, tmp_path, option):
+    out = tmp_path / "out"
+    for weights in ("auto", "dense", "int4-rtn"):
+        result = _build(plain, "-o", out, "--weights", weights, option, 32)
+        assert f"{option}: is for calibration; give it with --weights int4" in result.output
+    result = _build(_gptq(plain, tmp_path / "gptq"), "-o", out, "--weights", "int4", option, 32)
+    assert f"{option}: checkpoint {tmp_path}/gptq is quantized already" in result.output
+    assert not out.exists()
 
 
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,11 +37,11 @@ from uhd_export.config import ModelConfig, check_image_options
 from uhd_export.engines import BACKENDS, engine_options, replace_graphs
 from uhd_export.fields import choice
 from uhd_export.int4 import WeightOptions, as_stored, linear_format, open_checkpoint, resolve
-from uhd_export.language_graph import emit_language
+from uhd_export.language_graph import check_context, emit_language
 from uhd_export.model import refuse_unknown
 from uhd_export.parity import measure_parity
 from uhd_export.provenance import describe_source, tool_versions
-from uhd_export.staging import staged_folder
+from uhd_export.staging import refuse_existing, staged_folder
 from uhd_export.tensorrt import EngineOptions
 from uhd_export.tokenizer import checkpoint_tokenizer
 from uhd_export.vision_graph import emit_vision
@@ -74,6 +75,11 @@ class BuildOptions:
         choice("dtype", self.dtype, DTYPES)
         check_image_options(self.layout, self.grid, self.max_slices, self.resize, self.boxes)
 
+    @property
+    def dialect(self) -> str:
+        """Of the language graph."""
+        return "onnxruntime" if self.engines is None else "tensorrt"
+
 
 def build_bundle(
     source: str | Path,
@@ -99,6 +105,7 @@ def build_bundle(
     plugins: bool = True,
     workspace: int | None = None,
     verify: bool = True,
+    quantize: Callable[[], Path] | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Manifest:
@@ -112,8 +119,9 @@ def build_bundle(
     goes along. `compute_capabilities`, `plugins` and `workspace` (MiB) are for engines (see
     `EngineOptions`), whose parity is that of the graphs they are built from. `layout`, `mask`, `boxes`,
     `vision_tower` and `config` are as in `load_model`. With `verify`, the parts are compared with PyTorch
-    and the measurements recorded; a bundle out of tolerance is not written. `force` replaces an existing
-    bundle; `progress` draws bars on a terminal.
+    and the measurements recorded; a bundle out of tolerance is not written. `quantize` is called when
+    everything has been checked; it makes the GPTQ checkpoint that is built for `source`. `force` replaces
+    an existing bundle; `progress` draws bars on a terminal.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
@@ -139,6 +147,9 @@ def build_bundle(
     parsed = read_config(
         folder, config=config, vision_tower=vision_tower, layout=options.layout, mask=options.mask
     )
+    if quantize is not None:
+        _check_before(folder, parsed, Path(out), options, force)
+        source = folder = quantize()
     checkpoint = open_checkpoint(folder)
     try:
         refuse_unknown(checkpoint, parsed)
@@ -162,6 +173,19 @@ def build_bundle(
     finally:
         checkpoint.close()
     return manifest
+
+
+def _check_before(folder: Path, config: ModelConfig, out: Path, options: BuildOptions, force: bool) -> None:
+    """Raise UhdError for what the bundle of the checkpoint that is yet to be quantized would be refused."""
+    refuse_existing(out, force)
+    if options.context is not None:
+        check_context(config.language, options.context)
+        _refuse_small_context(options.context, config, checkpoint_tokenizer(folder))
+    with closing(open_checkpoint(folder)) as checkpoint:
+        refuse_unknown(checkpoint, config)
+        rounded = replace(options.weights, weights="int4-rtn")  # takes the same options
+        quantization = resolve(checkpoint, config.language, rounded)
+        linear_format(checkpoint, config.language, quantization, options.dialect)
 
 
 def _refuse_failed(parity: Sequence[Parity]) -> None:
@@ -188,7 +212,6 @@ def _write_parts(
     quantization: Quantization | None,
     progress: bool,
 ) -> None:
-    dialect = "onnxruntime" if options.engines is None else "tensorrt"
     for name in (QUALITY, QUALITY_PICTURE):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
@@ -206,8 +229,8 @@ def _write_parts(
             checkpoint,
             folder / LANGUAGE,
             dtype=options.dtype,
-            dialect=dialect,
-            linear=linear_format(checkpoint, config.language, quantization, dialect),
+            dialect=options.dialect,
+            linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
             on_tensor=bar.set,
         )

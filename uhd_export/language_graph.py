@@ -47,14 +47,19 @@ def emit_language(
     if dialect not in DIALECTS:
         raise UhdError(f"language dialect: {dialect!r} is not supported; use one of {', '.join(DIALECTS)}")
     context = config.context if context is None else context
-    if not 1 <= context <= config.context:
-        raise UhdError(
-            f"language context: {context} positions; the model has been trained for 1 to {config.context}"
-        )
+    check_context(config, context)
     source = TensorSource(tensors)
     graph = DIALECTS[dialect](config, source, DTYPES[dtype], context)
     _emit(graph, linear or Dense())
     return _save(graph, Path(path), on_tensor)
+
+
+def check_context(config: LanguageShape, context: int) -> None:
+    """Raise UhdError where the model has not been trained for `context` positions."""
+    if not 1 <= context <= config.context:
+        raise UhdError(
+            f"language context: {context} positions; the model has been trained for 1 to {config.context}"
+        )
 
 
 def _emit(graph: Dialect, linear: LinearFormat) -> None:
