@@ -18,7 +18,6 @@ import importlib.metadata as metadata
 import json
 import multiprocessing as mp
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -30,6 +29,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from runtime.machine import machine
+from runtime.memory import peak_memory
+
 OURS, TRANSFORMERS, GENAI = runners.RUNNERS
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gptqmodel")
 
@@ -39,7 +41,7 @@ def serve(kind: type, arguments: tuple, pipe: Connection) -> None:
     runner = kind(*arguments)
     pipe.send("ready")
     for ids, steps in iter(pipe.recv, None):
-        pipe.send((runner.run(ids, steps), runners.peak_memory()))
+        pipe.send((runner.run(ids, steps), peak_memory()))
 
 
 class Worker:
@@ -131,7 +133,7 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
             worker.close()
     rate = statistics.median(rates)
     return {
-        "machine": machine(options.threads) | {"load_average": statistics.median(loads)},
+        "machine": where(options.threads) | {"load_average": statistics.median(loads)},
         "model": size,
         "prompt": options.prompt,
         "steps": options.steps,
@@ -174,30 +176,22 @@ def _equal(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def machine(threads: int) -> dict:
+def where(threads: int) -> dict:
     """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo").read_text()
-    name = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     installed = {d.name for d in metadata.distributions()}
     versions = {p: metadata.version(p) for p in PACKAGES if p in installed}
-    return {
-        "processor": f"{name}, {os.cpu_count()} cores",
-        "memory_bytes": pages,
-        "threads": threads,
-        "python": platform.python_version(),
-        **versions,
-    }
+    return {**machine("cpu", threads), "memory_bytes": pages, **versions}
 
 
 def show(result: dict, console: Console) -> None:
     """Print the table and what belongs to it."""
     model, count = result["model"], result["steps"] + 1
     load = result["machine"]["load_average"]
-    where = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
+    place = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
     title = (
         f"LLaMA, {model['num_hidden_layers']} layers of {model['hidden_size']}: prompt {result['prompt']}, "
-        f"then {result['steps']} tokens; {where}"
+        f"then {result['steps']} tokens; {place}"
     )
     table = Table(title=title)
     for column in ("engine", "weights", "prefill s", "tokens/s", "of floor", "peak MB", "same tokens"):
@@ -221,7 +215,7 @@ def show(result: dict, console: Console) -> None:
                     f"{row['weights']}: {row[f'prefill_vs_{other}']:.2f}x the prefill and "
                     f"{row[f'decode_vs_{other}']:.2f}x the decoding speed of {other}"
                 )
-    if load > 1.5 * result["machine"]["threads"]:
+    if load > 1.5 * int(result["machine"]["threads"]):
         console.print(f"Load average {load:.1f}: other work shared the processor; trust ratios, not rates.")
     console.print(
         f"Memory is read at {result['read_bandwidth'] / 1e9:.1f} GB/s; the floor reads all weights:"

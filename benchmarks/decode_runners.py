@@ -217,6 +217,7 @@ def emit_wide(folder: Path) -> dict[str, float]:
     """Emit two layers of Vicuna-7B's width in float16 from tensors that exist only while they are read."""
     import torch
 
+    from runtime.memory import peak_memory
     from uhd_export.language_graph import emit_language
 
     size = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "vocab_size": 32000}
@@ -257,9 +258,3 @@ def llama_config(size: dict[str, int]):
         bos=1,
         eos=(2,),
     )
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process; unlike ru_maxrss not inherited from its parent."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -10,13 +10,13 @@ labelled so: they have the same shape and are in memory one at a time.
 import argparse
 import json
 import multiprocessing as mp
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+from runtime.machine import machine
 
 LAYERS = 32
 SEQUENCE = 1024
@@ -103,11 +103,12 @@ def main() -> None:
     result |= {
         "layer": "hidden 4096, intermediate 11008, groups of 128",
         "tokens": options.tokens,
-        "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine("cpu", torch.get_num_threads()),
         "extrapolated_seconds_32_layers": LAYERS * result["seconds"],
     }
-    print(f"one layer, {options.tokens} tokens, {result['cores']} cores: {result['seconds']:.0f} s")
+    print(
+        f"one layer, {options.tokens} tokens, {result['machine']['cores']} cores: {result['seconds']:.0f} s"
+    )
     print(f"peak memory of the process: {result['peak_bytes'] / 1e9:.2f} GB")
     print(
         f"mean output error: rounded to nearest {result['mean_rtn_error']:.2e}, "
