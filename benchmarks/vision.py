@@ -1,8 +1,11 @@
 """The exported vision path against the released computation, side by side at real size.
 
 ViT-L/14-336, D = 4096, random weights, float32, on this machine's CPU: `folded` is our vision.onnx
-in ONNX Runtime, `eager` the released computation in eager PyTorch. Each runs in a process of its own
-(so that peak memory is its own) and the two take turns, so a machine that slows down slows both.
+in ONNX Runtime, `eager` the released computation in eager PyTorch. For each workload both run in processes of
+their own (so that peak memory is their own), and they take turns, so a machine that slows down slows both.
+Before the turns that count, `eager` runs one crop and `folded` twice the workload, because ONNX Runtime lays
+its memory out anew in the second run. By default three turns count of the crop, two of the image, which takes
+eager minutes.
 
     python benchmarks/vision.py [--masks 7,5] [--repeats 3] [--crop-only] [--json FILE]
 """
@@ -11,10 +14,10 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +28,29 @@ from rich.progress import Progress
 from rich.table import Table
 
 from runtime.machine import machine
+from runtime.memory import peak_memory
+from runtime.stages import VISION_STAGES as STAGES
+from runtime.stages import stage_shares
 
-# (crops, rows, columns) of each batch of equal crops.
-WORKLOADS = {"336x336 crop": [(1, 24, 24)], "1008x672 image": [(6, 24, 24), (1, 19, 29)]}
-STAGES = ("vit", "jbu", "hiwin")
+Batches = list[tuple[int, int, int]]
+
+
+class Workload(NamedTuple):
+    """(crops, rows, columns) of each batch of equal crops, and how often it is run."""
+
+    batches: Batches
+    repeats: int
+
+
+CROP = [(1, 24, 24)]
+WORKLOADS = {
+    "336x336 crop": Workload(CROP, 3),
+    "1008x672 image": Workload([(6, 24, 24), (1, 19, 29)], 2),
+}
 
 
 class Run(NamedTuple):
-    """One run of a workload: seconds, seconds by stage, tokens."""
+    """One run of a workload: seconds, seconds by stage where they were taken, tokens."""
 
     seconds: float
     stages: dict[str, float]
@@ -65,14 +83,18 @@ class Eager:
         checkpoint.load_into(self.projector, PROJECTOR_PREFIX, torch.float32)
         checkpoint.close()
 
-    def run(self, groups: list[tuple[int, int, int]]) -> Run:
+    def warm_up(self, batches: Batches) -> None:
+        """One crop, whatever the workload: nothing that PyTorch keeps depends on shapes."""
+        self.run(CROP)
+
+    def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
         import torch
 
         from runtime.geometry import crop_geometry
 
         stages, tokens = dict.fromkeys(STAGES, 0.0), []
-        for batch, rows, cols in groups:
+        for batch, rows, cols in batches:
             pixels = torch.from_numpy(pixels_for(batch, rows, cols))
             arrays = crop_geometry(rows, cols, levels=self.levels)
             geometry = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -89,65 +111,47 @@ class Eager:
 
 
 class Folded:
-    """vision.onnx in ONNX Runtime; stages from its own trace, scaled to the run's seconds."""
+    """vision.onnx in ONNX Runtime, traced: that costs microseconds a node, where a run takes seconds."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime as ort
+        from runtime.engine import open_engine
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = ort.InferenceSession(folder / "vision.onnx", options)
-        self.folder, self.options = folder, options
+        self.traces = tempfile.TemporaryDirectory()
+        path, prefix = folder / "vision.onnx", Path(self.traces.name) / "vision"
+        self.engine = open_engine(path, threads=threads, profile=prefix)
 
-    def run(self, groups: list[tuple[int, int, int]]) -> Run:
+    def warm_up(self, batches: Batches) -> None:
+        """Until memory has its final layout."""
+        for _ in range(2):
+            self.run(batches)
+
+    def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
         from runtime.geometry import crop_geometry
 
-        names = {i.name for i in self.session.get_inputs()}
         seconds, tokens = 0.0, []
-        for batch, rows, cols in groups:
-            geometry = {k: v for k, v in crop_geometry(rows, cols).items() if k in names}
+        for batch, rows, cols in batches:
+            geometry = {k: v for k, v in crop_geometry(rows, cols).items() if k in self.engine.inputs}
             feeds = {"pixels": pixels_for(batch, rows, cols), **geometry}
             start = time.perf_counter()
-            tokens.append(self.session.run(["tokens"], feeds)[0])
+            tokens.append(self.engine.infer(feeds)["tokens"])
             seconds += time.perf_counter() - start
         return Run(seconds, {}, tokens)
 
-    def trace(self, groups: list[tuple[int, int, int]]) -> dict[str, float]:
-        """Share of each stage in a traced run of its own session."""
-        import onnxruntime as ort
-
-        with tempfile.TemporaryDirectory() as tmp:
-            self.options.enable_profiling = True
-            self.options.profile_file_prefix = str(Path(tmp) / "trace")
-            self.session = ort.InferenceSession(self.folder / "vision.onnx", self.options)
-            self.run(groups)
-            events = json.loads(Path(self.session.end_profiling()).read_text())
-        totals, stage = dict.fromkeys(STAGES, 0.0), "vit"
-        for event in sorted(events, key=lambda e: e.get("ts", 0)):
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                # Nodes that the optimizer made have no stage in their name: they go with the last one.
-                stage = _stage(event["name"]) or stage
-                totals[stage] += event["dur"]
-        whole = sum(totals.values())
-        return {stage: spent / whole for stage, spent in totals.items()}
-
-
-def _stage(node: str) -> str | None:
-    if "JBU" in node:
-        return "jbu"
-    if "WindowAttention" in node:
-        return "hiwin"
-    return node.split("/")[0] if node.split("/")[0] in STAGES else None
+    def shares(self, runs: int) -> dict[str, float]:
+        """Share of each stage in the last `runs` runs of the graph; ends the trace."""
+        events = json.loads(self.engine.end_profile().read_text(encoding="utf-8"))
+        self.traces.cleanup()
+        return stage_shares(events, runs)
 
 
 def serve(kind: type, folder: Path, threads: int, pipe: mp.connection.Connection) -> None:
-    """Worker process: answers (method, workload) with its result and the peak memory so far."""
+    """Worker process: answers (method, argument) with its result and the peak memory so far."""
     runner = kind(folder, threads)
     pipe.send("ready")
-    for method, groups in iter(pipe.recv, None):
-        result = getattr(runner, method)(groups)
-        pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    for method, argument in iter(pipe.recv, None):
+        result = getattr(runner, method)(argument)
+        pipe.send((result, peak_memory()))
 
 
 class Worker:
@@ -155,13 +159,16 @@ class Worker:
 
     def __init__(self, kind: type, folder: Path, threads: int) -> None:
         self.pipe, theirs = mp.Pipe()
-        self.process = mp.get_context("spawn").Process(target=serve, args=(kind, folder, threads, theirs))
+        self.process = mp.get_context("spawn").Process(
+            target=serve, args=(kind, folder, threads, theirs), daemon=True
+        )
         self.process.start()
+        theirs.close()  # so that a worker that dies ends recv
         self.pipe.recv()
 
-    def call(self, method: str, groups: list) -> tuple:
+    def call(self, method: str, argument: object) -> tuple:
         """(result, peak memory in bytes)."""
-        self.pipe.send((method, groups))
+        self.pipe.send((method, argument))
         return self.pipe.recv()
 
     def close(self) -> None:
@@ -178,49 +185,46 @@ def export(folder: Path) -> None:
     emit_vision(read_config(folder), Checkpoint(folder), folder / "vision.onnx")
 
 
-def measure(mask: int, repeats: int, threads: int, workloads: dict, progress: Progress) -> list[dict]:
-    """Rows of results for one mask: each workload's seconds, ratios and peak memory."""
-    task = progress.add_task(f"mask {mask}: export", total=2 + len(workloads) * (2 * repeats + 1))
+def measure(
+    mask: int, threads: int, workloads: dict[str, Workload], progress: Progress, folder: Path
+) -> list[dict]:
+    """Rows of results for one mask, whose files go into `folder`: each workload's times and memory."""
+    turns = sum(workload.repeats for workload in workloads.values())
+    task = progress.add_task(f"mask {mask}: export", total=1 + 2 * (len(workloads) + turns))
+    write_checkpoint(folder, mask=mask)
+    exporter = mp.get_context("spawn").Process(target=export, args=(folder,))
+    exporter.start()
+    exporter.join()
+    progress.advance(task)
     rows = []
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = write_checkpoint(Path(tmp) / "checkpoint", mask=mask)
-        exporter = mp.get_context("spawn").Process(target=export, args=(folder,))
-        exporter.start()
-        exporter.join()
-        progress.advance(task, 2)
-        workers = {
-            name: Worker(kind, folder, threads) for name, kind in (("eager", Eager), ("folded", Folded))
-        }
-        for workload, groups in workloads.items():
-            runs, peaks = {name: [] for name in workers}, {}
-            for repeat in range(repeats):
-                for name, worker in workers.items():
-                    progress.update(
-                        task, description=f"mask {mask}: {workload}, {name} {repeat + 1}/{repeats}"
-                    )
-                    result, peaks[name] = worker.call("run", groups)
-                    runs[name].append(result)
-                    progress.advance(task)
-            rows.append({"mask": mask, "workload": workload, **summarise(runs, peaks)})
-        for row, groups in zip(rows, workloads.values(), strict=True):
-            shares, _ = workers["folded"].call("trace", groups)
-            row["folded"]["stages"] = {
-                stage: share * row["folded"]["seconds"] for stage, share in shares.items()
-            }
-            eager, folded = (
-                sum(row[side]["stages"][s] for s in ("jbu", "hiwin")) for side in ("eager", "folded")
-            )
-            row["projector_ratio"] = eager / folded
-            row["hiwin_ratio"] = row["eager"]["stages"]["hiwin"] / row["folded"]["stages"]["hiwin"]
-            progress.advance(task)
-        for worker in workers.values():
-            worker.close()
+    for name, workload in workloads.items():
+        progress.update(task, description=f"mask {mask}: {name}")
+        row = compare(workload, folder, threads, lambda: progress.advance(task))
+        rows.append({"mask": mask, "workload": name, **row})
     return rows
 
 
-def summarise(runs: dict[str, list[Run]], peaks: dict[str, int]) -> dict:
+def compare(workload: Workload, folder: Path, threads: int, on_run: Callable[[], None]) -> dict:
+    """Both sides on one workload, in turns."""
+    workers = {side: Worker(kind, folder, threads) for side, kind in (("eager", Eager), ("folded", Folded))}
+    runs, peaks = {side: [] for side in workers}, {}
+    for worker in workers.values():
+        worker.call("warm_up", workload.batches)
+        on_run()
+    for _ in range(workload.repeats):
+        for side, worker in workers.items():
+            result, peaks[side] = worker.call("run", workload.batches)
+            runs[side].append(result)
+            on_run()
+    shares, _ = workers["folded"].call("shares", workload.repeats * len(workload.batches))
+    for worker in workers.values():
+        worker.close()
+    return summarise(runs, peaks, shares)
+
+
+def summarise(runs: dict[str, list[Run]], peaks: dict[str, int], shares: dict[str, float]) -> dict:
     """Medians and spread, ratio of runs taken in turn, and the difference of the tokens."""
-    out: dict = {}
+    out: dict = {"runs_a_side": len(runs["eager"])}
     for name, several in runs.items():
         seconds = [run.seconds for run in several]
         stages = {s: statistics.median(run.stages[s] for run in several) for s in several[0].stages}
@@ -230,6 +234,10 @@ def summarise(runs: dict[str, list[Run]], peaks: dict[str, int]) -> dict:
             "stages": stages,
             "peak": peaks[name],
         }
+    out["folded"]["stages"] = {stage: share * out["folded"]["seconds"] for stage, share in shares.items()}
+    projector = {side: out[side]["stages"]["jbu"] + out[side]["stages"]["hiwin"] for side in runs}
+    out["projector_ratio"] = projector["eager"] / projector["folded"]
+    out["hiwin_ratio"] = out["eager"]["stages"]["hiwin"] / out["folded"]["stages"]["hiwin"]
     pairs = zip(runs["eager"], runs["folded"], strict=True)
     out["vision_ratio"] = statistics.median(a.seconds / b.seconds for a, b in pairs)
     a, b = (np.concatenate([t.reshape(-1) for t in runs[side][0].tokens]) for side in ("folded", "eager"))
@@ -245,6 +253,7 @@ def show(rows: list[dict], console: Console) -> None:
     for column in (
         "mask",
         "workload",
+        "runs",
         "ViT",
         "JBU",
         "Hiwin",
@@ -261,6 +270,7 @@ def show(rows: list[dict], console: Console) -> None:
         table.add_row(
             str(row["mask"]),
             row["workload"],
+            str(row["runs_a_side"]),
             *pairs,
             f"{eager['seconds']:.2f} / {folded['seconds']:.2f}",
             f"{row['projector_ratio']:.1f}x",
@@ -269,30 +279,32 @@ def show(rows: list[dict], console: Console) -> None:
             f"{row['relative_error']:.0e}",
         )
     console.print(table)
-    console.print(
-        "Projector is JBU and Hiwin. Folded stages: shares of a traced run times the untraced seconds."
-    )
+    console.print("Projector is JBU and Hiwin. Folded stages: shares of a trace of the same runs.")
 
 
 def main() -> None:
     """Parse options, measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--masks", default="7,5")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="default: 3 for the crop, 2 for the image")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--crop-only", action="store_true", help="leave out the whole image")
     options = parser.parse_args()
     workloads = dict(list(WORKLOADS.items())[:1]) if options.crop_only else WORKLOADS
+    if options.repeats is not None:
+        workloads = {name: w._replace(repeats=options.repeats) for name, w in workloads.items()}
     console = Console(width=150)
     rows: list[dict] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for mask in options.masks.split(","):
-            rows += measure(int(mask), options.repeats, options.threads, workloads, progress)
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measure(int(mask), options.threads, workloads, progress, Path(folder))
     show(rows, console)
     if options.json:
         where = machine("cpu", options.threads)
-        options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+        facts = {"machine": where, "note": " ".join(__doc__.split("\n\n")[1].split()), "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
