@@ -34,7 +34,7 @@ _stored = (
     click.option("--lm-head", default="dense", show_default=True, help="dense, int8 or int4."),
     click.option("--activations", default="int8", show_default=True, help="Of int4 products: int8 or float."),
 )
-# The default of `build --eval`, which is in a hurry: half a minute instead of two.
+# The default of `build --eval`: about a minute of one core, where the 200 of `quantize` take four.
 _QUESTIONS = 50
 _eval = click.option("--eval", "questions", type=int, help="Questions to nano; default: 50, else none.")
 weight_options = several(*_stored, *_calibration, _eval)

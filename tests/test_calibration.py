@@ -139,6 +139,7 @@ def test_too_few_pairs_are_refused():
         (SequenceOptions(samples=3), "samples 3: too few"),
         (SequenceOptions(held_out=0), "held-out 0"),
         (SequenceOptions(length=5000), "length 5000: .*context of 4096"),
+        (SequenceOptions(seed=-1), "seed -1: must be 0 or more"),
     ],
 )
 def test_sequence_options_out_of_range(options, message):
@@ -326,6 +327,11 @@ def test_memory_is_estimated_before_anything_starts(golden, monkeypatch):
     monkeypatch.setattr("calibration.estimate.available_memory", lambda: estimate.total - 1)
     with pytest.raises(UhdError, match=r"about 1\.\d GB of memory .* lower --samples or --length"):
         require_memory(config, options, 1)
+    asked = estimate_memory(config, options, 1, 10)
+    assert asked.total > estimate.total
+    monkeypatch.setattr("calibration.estimate.available_memory", lambda: asked.total - 1)
+    with pytest.raises(UhdError, match=r"GB of it for whole models in float32.* use --eval 0"):
+        require_memory(config, options, 1, 10)
     monkeypatch.setattr("calibration.estimate.available_memory", lambda: None)
     assert require_memory(config, options, 1) == estimate
 

@@ -2,11 +2,14 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,7 +96,7 @@ def test_a_layer_that_saw_too_little_is_rounded_and_named():
     solver.add(_correlated(30, 64, 1))
     (solved,) = solver.solve().values()
     assert solved.samples == 30
-    assert solved.fallback.startswith("fallback(rtn)")
+    assert solved.fallback == "saw 30 of 100,000 tokens"
     np.testing.assert_array_equal(
         solved.weight.dequantize(), round_to_nearest(linear.weight.numpy(), 32).dequantize()
     )
@@ -373,6 +376,8 @@ def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, t
         ({"gptq": GptqOptions(damp=1.5)}, "damp 1.5"),
         ({"sequences": SequenceOptions(samples=9)}, "too few samples: 6 image-question pairs"),
         ({"data": "/none.jsonl", "pairs": None}, "no such file"),
+        ({"sequences": SequenceOptions(seed=-1)}, "seed -1: must be 0 or more"),
+        ({"grid": "none"}, "grid 'none'"),
     ],
 )
 def test_errors_leave_nothing_behind(source, tmp_path, change, message):
@@ -382,20 +387,21 @@ def test_errors_leave_nothing_behind(source, tmp_path, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "layer"), [(2, 0), (5, 1)])
+def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, monkeypatch, stop, layer):
     out, said = tmp_path / "out", []
     finished, count = Run.quantize_layers, []
 
-    def stop_after_one_layer(self, advance):
+    def stop_early(self, advance):
         def step():
             count.append(1)
             advance()
-            if len(count) == 5:
+            if len(count) == stop:
                 raise KeyboardInterrupt
 
         finished(self, step)
 
-    monkeypatch.setattr(Run, "quantize_layers", stop_after_one_layer)
+    monkeypatch.setattr(Run, "quantize_layers", stop_early)
     arguments = {"vision_tower": source / "clip", "pairs": _pairs(), "say": said.append, **OPTIONS}
     with pytest.raises(KeyboardInterrupt):
         quantize(source, out, **arguments)
@@ -403,12 +409,77 @@ def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, mon
     monkeypatch.undo()
     monkeypatch.setattr("calibration.quantize.build_sequences", None)  # they are not built again
     report = quantize(source, out, **arguments)
-    assert said == ["continuing unfinished work at layer 1 of 2"]
+    assert said == [f"continuing unfinished work at layer {layer} of 2"]
     assert report == quantized[1]
-    for path in out.glob("*.safetensors"):
-        expected = load_file(quantized[0] / path.name)
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(path).items())
+    assert _bytes(out) == _bytes(quantized[0])
     assert not list(out.parent.glob(".*"))
+
+
+def _bytes(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shards_hold_no_more_metadata_than_others_expect(quantized):
+    """Several keys would be written in random order: two runs would not give the same bytes."""
+    for path in quantized[0].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, quantized, tmp_path):
+    out, said = tmp_path / "out", []
+    shutil.copytree(quantized[0], out)
+    before = _bytes(out)
+    arguments = {"vision_tower": source / "clip", "reuse": True, "say": said.append, **OPTIONS}
+    assert quantize(source, out, pairs=_pairs(), **arguments) == quantized[1]
+    assert said == [f"{out}: quantized before, taken as it is"]
+    with pytest.raises(UhdError, match="out: was made of other data; delete it, or give it to build"):
+        quantize(source, out, pairs=_pairs(7), **arguments)
+    weights = source / "model.safetensors"
+    status = weights.stat()
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UhdError, match="out: was made of other checkpoint; "):
+        quantize(source, out, pairs=_pairs(), **arguments)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert _bytes(out) == before
+    for text in ("{", "{}"):
+        (out / QUALITY).write_text(text)
+        with pytest.raises(UhdError, match=f"{QUALITY} does not tell what it was made of; delete it"):
+            quantize(source, out, pairs=_pairs(), **arguments)
+
+
+def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "question": question} for question in ("Which?", "What?", "Which?", "Which?")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"data": tmp_path / "pairs.jsonl", "vision_tower": source / "clip", **OPTIONS}
+    said = []
+    with pytest.raises(UhdError, match="too few samples: 2 image-question pairs"):
+        quantize(source, tmp_path / "out", say=said.append, **options)
+    assert said == [f"{tmp_path / 'pairs.jsonl'}: 2 of 4 pairs are duplicates and left out"]
+
+
+@needs_library
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UhdError, match=rf"output .*{place}: cannot be written \(.*\); choose another"):
+        quantize(source, tmp_path / place, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+
+
+@needs_library
+def test_nano_answers_as_before(tmp_path):
+    pairs = []
+    for index in range(5):
+        image, cards = make_card_image((7, index), (672, 336))
+        pairs.append(Pair((image,), (Turn(cards[0].question, cards[0].code),), f"card {index}"))
+    options = SequenceOptions(samples=4, held_out=1, length=1100)
+    report = quantize("nano", tmp_path / "out", pairs=pairs, sequences=options, questions=20)
+    exact = report.accuracy.exact
+    assert (report.accuracy.questions, set(exact)) == (20, {"before", "rtn", "gptq"})
+    assert exact["before"] >= 19
+    assert exact["gptq"] >= exact["before"] - 0.02 * 20
+    assert exact["gptq"] >= exact["rtn"]
 
 
 @needs_library

@@ -29,6 +29,7 @@ from uhd_export.int4 import (
     round_to_nearest,
 )
 from uhd_export.int4.words import group_order, pack_gptq, unpack_gptq
+from uhd_export.language import SelfAttention
 from uhd_export.linear import Dense, Linear, TensorSource
 
 
@@ -340,6 +341,27 @@ def test_zero_points_that_contradict_the_config_are_named(tmp_path, layer, other
     tensors |= {f"q.{part}": a for part, a in pack_gptq(odd, "gptq_v2").items()}
     with pytest.raises(UhdError, match=r"quantization_config\.sym is true, but tensor q\.qzeros"):
         open_checkpoint(_write(tmp_path / "mixed", tensors, OPTIMUM))
+
+
+def test_biases_of_zeros_of_a_model_that_has_biases_are_read(tmp_path):
+    """Left out of the names, as AutoGPTQ adds them to layers without one, and yet there for Qwen2."""
+    shape = LanguageShape("qwen2", 64, 64, 1, 2, 1, 32, 9, 9, 1e-5, 1e4, False, 1, (2,))
+    model = SelfAttention(shape)
+    tensors = {}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        weight = round_to_nearest(model.get_submodule(name).weight.detach().numpy(), 32)
+        tensors |= {f"{name}.{part}": a for part, a in pack_gptq(weight).items()}
+    tensors |= {"q_proj.bias": np.zeros(64), "k_proj.bias": np.zeros(32), "v_proj.bias": np.arange(32.0)}
+    checkpoint = open_checkpoint(
+        _write(tmp_path / "qwen2", tensors, SETTINGS | {"checkpoint_format": "gptq"})
+    )
+    assert "v_proj.bias" in checkpoint.names()
+    checkpoint.load_into(model, "", torch.float32)
+    assert not model.q_proj.bias.any()
+    np.testing.assert_array_equal(model.v_proj.bias, np.arange(32))
+    checkpoint.refuse_unknown(
+        {f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {"v_proj.bias"}
+    )
 
 
 def test_settings_beside_the_config_are_read(tmp_path, layer):

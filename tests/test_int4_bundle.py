@@ -165,7 +165,7 @@ REPORT = {
     "rtn": {"kl": 0.2, "agreement": 0.75, "tokens": 32},
     "gptq": {"kl": 0.1, "agreement": 0.875, "tokens": 32},
     "accuracy": {"questions": 20, "exact": {"before": 20, "rtn": 18, "gptq": 19}},
-    "fallbacks": [],
+    "fallbacks": ["q_proj: its statistics could not be factorised"],
     "linears": [
         {"layer": i, "module": "mlp.up_proj", "samples": 9, "rtn_error": 8e-3, "gptq_error": i * 1e-3}
         for i in range(9)
@@ -186,6 +186,7 @@ def test_the_quality_report_goes_along_and_is_printed(plain, tmp_path):
     assert "before 100.0%, rtn 90.0%, gptq 95.0%" in text
     assert text.index("layers.8.mlp.up_proj") < text.index("layers.4.mlp.up_proj")
     assert "layers.3." not in text
+    assert "rounded instead of GPTQ: q_proj: its statistics could not be factorised" in text
     (tmp_path / "out" / QUALITY).write_text("{}")
     with pytest.raises(UhdError, match="not a quality report"):
         print_quality(tmp_path / "out", manifest, console)
