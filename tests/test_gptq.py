@@ -21,6 +21,7 @@ from calibration.quantize import quantize
 from calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
 from calibration.solver import GptqOptions, GroupSolver
 from calibration.work import Work
+from calibration.writer import bytes_beside_layers
 from runtime.errors import UhdError
 from runtime.manifest import QUALITY, QUALITY_PICTURE
 from runtime.progress import progress_bar
@@ -308,6 +309,19 @@ def test_the_checkpoint_holds_everything_else_as_it_was(source, quantized):
     assert not list(out.parent.glob(".*"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {p.name for p in out.glob("*.safetensors")}
+
+
+def test_room_is_asked_for_what_is_written(source, quantized):
+    """The finished layers lie in the work folder already."""
+    layers = {"qweight", "qzeros", "scales", "g_idx"}
+    rest = sum(
+        tensor.nbytes
+        for path in quantized[0].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if name.rpartition(".")[2] not in layers
+    )
+    language = read_config(source, vision_tower=source / "clip").language
+    assert bytes_beside_layers(Checkpoint(source), language) == rest
 
 
 def test_the_report_is_beside_it(quantized):

@@ -143,6 +143,7 @@ def test_what_is_chosen(plain, tmp_path):
         (gptq, WeightOptions("int4-rtn"), "is quantized already"),
         (gptq, WeightOptions("int4", 32), "the checkpoint's own groups are kept"),
         (dense, WeightOptions("int4-rtn", 48), "group size 48"),
+        (dense, WeightOptions(group=32), "group size 32: is for --weights int4 and int4-rtn"),
     ):
         with pytest.raises(UhdError, match=message):
             resolve(checkpoint, config, options)

@@ -58,6 +58,8 @@ def resolve(checkpoint: Checkpoint, config: LanguageShape, options: WeightOption
         )
     if weights == "int4-rtn" and is_gptq:
         raise UhdError(f"checkpoint {checkpoint.folder}: is quantized already; use --weights int4")
+    if weights == "dense" and options.group is not None:
+        raise UhdError(f"group size {options.group}: is for --weights int4 and int4-rtn; leave it out")
     if weights == "dense" and options.lm_head == "dense":
         return None
     group, symmetric, act_order = options.group or largest_group(config), True, False
