@@ -120,7 +120,8 @@ def quantizer(source: str, output: Path, options: dict[str, Any]) -> Callable[[]
     made = output.with_name(f"{output.name}-gptq")
 
     def make() -> Path:
-        click.echo(f"quantizing into {made} first", err=True)
+        if not made.exists():
+            click.echo(f"quantizing into {made} first", err=True)
         _quantize(source, made, gptq, sequences, {**calibration, **images, "reuse": True})
         return made
 
