@@ -9,9 +9,6 @@ weights. Each part is built in a process of its own. The last line is one JSON o
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -73,6 +70,8 @@ def build_vision(folder: Path, capabilities: tuple[str, ...], plugins: bool) -> 
 
 def describe(record: object, seconds: float) -> dict:
     """What a build gave."""
+    from runtime.memory import peak_memory
+
     return {
         "tensorrt": record.tensorrt,
         "compute_capabilities": list(record.compute_capabilities),
@@ -82,7 +81,7 @@ def describe(record: object, seconds: float) -> dict:
         "profiles": [profile.name for profile in record.profiles],
         "layers_by_type": record.layers,
         "plugin_layers": list(record.plugin_layers),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_memory(),
     }
 
 
@@ -114,6 +113,8 @@ def main() -> None:
                 result = build_vision(Path(folder), capabilities, options.alone == "vision")
         print(json.dumps(result))
         return
+    from runtime.machine import machine
+
     results = {}
     for part in options.part or PARTS:
         command = [sys.executable, __file__, "--alone", part]
@@ -124,8 +125,7 @@ def main() -> None:
             sys.exit(f"{part}: the build failed")
         results[part] = json.loads(done.stdout.splitlines()[-1])
         show(part, results[part])
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    text = json.dumps({"machine": machine, **results})
+    text = json.dumps({"machine": machine("cpu", None), **results})
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -1,10 +1,8 @@
 """ONNX Runtime as an engine, on the CPU or a CUDA device."""
 
-import json
 import math
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -154,27 +152,6 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: str) -> ort.OrtValue
     buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device)
     buffer.update_inplace(np.zeros(shape, dtype))
     return buffer
-
-
-@dataclass(frozen=True)
-class NodeTime:
-    """Time of one node over a trace."""
-
-    name: str
-    operator: str
-    calls: int
-    microseconds: float
-
-
-def node_times(trace: str | Path) -> list[NodeTime]:
-    """Time by node from a trace of `OrtEngine.end_profile`, the most expensive first."""
-    totals: dict[tuple[str, str], list[float]] = {}
-    for event in json.loads(Path(trace).read_text(encoding="utf-8")):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            key = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-            totals.setdefault(key, []).append(event["dur"])
-    times = [NodeTime(name, op, len(all_), float(sum(all_))) for (name, op), all_ in totals.items()]
-    return sorted(times, key=lambda t: -t.microseconds)
 
 
 def _describe(value: ort.NodeArg) -> TensorInfo:

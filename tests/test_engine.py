@@ -12,7 +12,6 @@ import pytest
 from plugins.graph import GraphBuilder
 from runtime.engine import open_engine
 from runtime.errors import UhdError
-from runtime.ort_engine import node_times
 
 
 @pytest.fixture
@@ -102,19 +101,6 @@ def test_feeds_are_checked(accumulator):
                 run(feeds)
         with pytest.raises(KeyError, match="size"):
             engine.bind({"past": "total"}, {})
-
-
-def test_a_trace_gives_time_by_node(accumulator, tmp_path):
-    with open_engine(accumulator, threads=1, profile=tmp_path / "trace") as engine:
-        x = np.ones((3, 2), np.float32)
-        for _ in range(4):
-            engine.infer({"x": x, "past": x})
-        times = {t.name: t for t in node_times(engine.end_profile())}
-    assert times["average"].operator == "ReduceMean" and times["average"].calls == 4
-    assert all(t.microseconds >= 0 for t in times.values())
-    assert [t.microseconds for t in times.values()] == sorted(
-        (t.microseconds for t in times.values()), reverse=True
-    )
 
 
 def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch):

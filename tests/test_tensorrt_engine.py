@@ -19,7 +19,6 @@ from runtime.engine import open_engine
 from runtime.errors import UhdError
 from runtime.geometry import crop_geometry
 from runtime.layout import LAYOUTS, Separators, layout_indices
-from runtime.ort_engine import node_times
 from runtime.sequence import place
 from runtime.stages import vision_shares
 from runtime.tensorrt_engine import TensorrtEngine
@@ -294,11 +293,9 @@ def test_layer_times_are_a_trace(machine, language, tmp_path):
     for _ in range(4):
         decoder.step(embeddings(1))
     assert not cuda.launches  # a graph would hide the layers
-    times = node_times(engine.end_profile())
-    assert [(t.name, t.calls, t.microseconds) for t in times] == [
-        ("hiwin/layer", 4, 3000),
-        ("vit/layer", 4, 1000),
-    ]
+    events = json.loads(engine.end_profile().read_text())
+    nodes = [(e["name"], e["dur"]) for e in events if e["cat"] == "Node"]
+    assert nodes == 4 * [("vit/layer_kernel_time", 250), ("hiwin/layer_kernel_time", 750)]
     engine, _, _ = machine(*language)
     with pytest.raises(UhdError, match="without a path for the trace"):
         engine.end_profile()
