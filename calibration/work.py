@@ -82,7 +82,7 @@ class Work:
         """
         try:
             previous = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             previous = None
         except (OSError, ValueError):
             previous = {}

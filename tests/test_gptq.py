@@ -477,8 +477,10 @@ def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])
 def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
     (tmp_path / "file").touch()
+    options, said = {"vision_tower": source / "clip", "pairs": _pairs(), **OPTIONS}, []
     with pytest.raises(UhdError, match=rf"output .*{place}: cannot be written \(.*\); choose another"):
-        quantize(source, tmp_path / place, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+        quantize(source, tmp_path / place, say=said.append, **options)
+    assert said == []
 
 
 @needs_library
