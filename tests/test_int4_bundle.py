@@ -156,7 +156,7 @@ def test_options_out_of_range_are_named(option):
 
 
 REPORT = {
-    "settings": {"asked": {"source": "here", "samples": 4}},
+    "settings": {"gptq": {"group": 32}},
     "calibration_tokens": 1000,
     "held_out_tokens": 100,
     "bytes_before": 4000,
