@@ -103,6 +103,15 @@ def test_a_layer_that_saw_too_little_is_rounded_and_named():
     )
 
 
+@needs_library
+def test_statistics_that_cannot_be_factorised_are_the_reason_given():
+    solver, rows = GroupSolver({"q": _linear(16, 64, 0)}, GptqOptions(group=32), 300), torch.ones(300, 64)
+    rows[3, 5] = float("inf")
+    solver.add(rows)
+    (solved,) = solver.solve().values()
+    assert (solved.samples, solved.fallback) == (300, "its statistics could not be factorised")
+
+
 def test_the_install_line_is_given_where_the_library_is_missing(monkeypatch, golden_checkpoint, tmp_path):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
