@@ -3,9 +3,8 @@
 ViT-L/14-336, D = 4096, random weights, float32, on this machine's CPU: `folded` is our vision.onnx
 in ONNX Runtime, `eager` the released computation in eager PyTorch. For each workload both run in processes of
 their own (so that peak memory is their own), and they take turns, so a machine that slows down slows both.
-Before the turns that count, `eager` runs one crop and `folded` twice the workload, because ONNX Runtime lays
-its memory out anew in the second run. By default three turns count of the crop, two of the image, which takes
-eager minutes.
+Before the turns that count, both run one crop. By default three turns count of the crop, two of the image,
+which takes eager minutes.
 
     python benchmarks/vision.py [--masks 7,5] [--repeats 3] [--crop-only] [--json FILE]
 """
@@ -83,10 +82,6 @@ class Eager:
         checkpoint.load_into(self.projector, PROJECTOR_PREFIX, torch.float32)
         checkpoint.close()
 
-    def warm_up(self, batches: Batches) -> None:
-        """One crop, whatever the workload: nothing that PyTorch keeps depends on shapes."""
-        self.run(CROP)
-
     def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
         import torch
@@ -119,11 +114,6 @@ class Folded:
         self.traces = tempfile.TemporaryDirectory()
         path, prefix = folder / "vision.onnx", Path(self.traces.name) / "vision"
         self.engine = open_engine(path, threads=threads, profile=prefix)
-
-    def warm_up(self, batches: Batches) -> None:
-        """Until memory has its final layout."""
-        for _ in range(2):
-            self.run(batches)
 
     def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
@@ -209,7 +199,7 @@ def compare(workload: Workload, folder: Path, threads: int, on_run: Callable[[],
     workers = {side: Worker(kind, folder, threads) for side, kind in (("eager", Eager), ("folded", Folded))}
     runs, peaks = {side: [] for side in workers}, {}
     for worker in workers.values():
-        worker.call("warm_up", workload.batches)
+        worker.call("run", CROP)
         on_run()
     for _ in range(workload.repeats):
         for side, worker in workers.items():

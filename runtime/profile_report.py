@@ -19,11 +19,11 @@ PAPER_NOTE = (
 )
 MEMORY_NOTE = (
     "Peak memory is of a process of its own for each mode, weights and image included, that opens the bundle "
-    "and answers twice: with the second answer ONNX Runtime settles for a layout of its memory, and it stays."
+    "and answers once."
 )
 SPLIT_NOTE = (
     "ViT, JBU and Hiwin are one graph: its median time is divided by the shares of its nodes in a trace of a "
-    "separate session, three runs after two that warm up; nodes that graph optimizations renamed count with "
+    "separate session, three runs after one that warms up; nodes that graph optimizations renamed count with "
     "the stage they run in."
 )
 _NAMES = {

@@ -177,24 +177,19 @@ def steps(grids: Sequence[str], repeats: int) -> int:
     return len(grids) * (repeats + 3)
 
 
-def answer_twice(
+def answer_once(
     bundle: str, size: Size, new_tokens: int, *, device: str, threads: int | None, **settings: Any
 ) -> None:
-    """Open `bundle` with `settings` (see `Pipeline.open`) and answer twice, as runs of the profile do.
-
-    Twice because ONNX Runtime lays its memory out anew for shapes that it has seen before, and takes more
-    (nano: 473 MB after 300); from then on its peak stays.
-    """
+    """Open `bundle` with `settings` (see `Pipeline.open`) and answer as one run of the profile does."""
     with Pipeline.open(bundle, device=device, threads=threads, **settings) as pipeline:
         (sequence,) = _sequences(pipeline, size, [settings["grid"]], new_tokens).values()
-        for _ in range(2):
-            _run_once(pipeline, sequence, new_tokens)
+        _run_once(pipeline, sequence, new_tokens)
 
 
 def _peak(
     pipeline: Pipeline, size: Size, grid: str, new_tokens: int, *, device: str, threads: int | None
 ) -> int | None:
-    """The most resident memory of `answer_twice` in mode `grid`; None where it was not measured.
+    """The most resident memory of `answer_once` in mode `grid`; None where it was not measured.
 
     In a process of its own, because engines keep what other modes needed. It loads the bundle again: not
     onto a GPU, and not where this process's peak says that there is no room for another.
@@ -203,7 +198,7 @@ def _peak(
     if device != "cpu" or (room is not None and needed is not None and room < needed):
         return None
     return peak_apart(
-        answer_twice,
+        answer_once,
         bundle=str(pipeline.folder),
         size=size,
         new_tokens=new_tokens,

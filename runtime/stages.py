@@ -17,10 +17,9 @@ VISION_STAGES = ("vit", "jbu", "hiwin")
 # Bodies of the custom ops, which ONNX Runtime inlines under names of its own.
 _INLINED = {"_inlfunc_JBU": "jbu", "_inlfunc_WindowAttention": "hiwin"}
 
-# The first run allocates as it goes; in the second ONNX Runtime lays its memory out anew, by the shapes it
-# has seen, and whichever stage touches new pages first seems slow. From the third on shares stay the same
-# but for noise, of which several runs together have less.
-_WARM_UPS, _RUNS = 2, 3
+# The first run allocates as it goes, so that whichever stage touches new pages first seems slow. Several runs
+# together have less noise than one.
+_WARM_UPS, _RUNS = 1, 3
 
 _NAMED = re.compile(rf"(?<!\w)({'|'.join(VISION_STAGES)})/")
 

@@ -147,12 +147,11 @@ def build_bundle(
     parsed = read_config(
         folder, config=config, vision_tower=vision_tower, layout=options.layout, mask=options.mask
     )
+    _check_before(folder, parsed, Path(out), options, force, quantize is not None)
     if quantize is not None:
-        _check_before(folder, parsed, Path(out), options, force)
         source = folder = quantize()
     checkpoint = open_checkpoint(folder)
     try:
-        refuse_unknown(checkpoint, parsed)
         quantization = resolve(checkpoint, parsed.language, options.weights)
         needed = _estimate_bytes(checkpoint, options)
         with staged_folder(Path(out), force=force, needed=needed) as staging:
@@ -175,16 +174,19 @@ def build_bundle(
     return manifest
 
 
-def _check_before(folder: Path, config: ModelConfig, out: Path, options: BuildOptions, force: bool) -> None:
-    """Raise UhdError for what the bundle of the checkpoint that is yet to be quantized would be refused."""
+def _check_before(
+    folder: Path, config: ModelConfig, out: Path, options: BuildOptions, force: bool, quantizing: bool
+) -> None:
+    """Raise UhdError for whatever can be refused before any work, the longest of which is quantizing."""
     refuse_existing(out, force)
     if options.context is not None:
-        check_context(config.language, options.context)
         _refuse_small_context(options.context, config, checkpoint_tokenizer(folder))
+        check_context(config.language, options.context)
     with closing(open_checkpoint(folder)) as checkpoint:
         refuse_unknown(checkpoint, config)
-        rounded = replace(options.weights, weights="int4-rtn")  # takes the same options
-        quantization = resolve(checkpoint, config.language, rounded)
+        # What is yet to be quantized takes the options of what is rounded.
+        weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights
+        quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
 
 
@@ -215,10 +217,7 @@ def _write_parts(
     for name in (QUALITY, QUALITY_PICTURE):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
-    tokenizer = checkpoint_tokenizer(checkpoint.folder)
-    if options.context is not None:
-        _refuse_small_context(options.context, config, tokenizer)
-    (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
     with progress_bar(VISION, show=progress) as bar:
         emit_vision(
             config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, on_tensor=bar.set
