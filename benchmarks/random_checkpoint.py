@@ -13,6 +13,7 @@ from uhd_export.projector import HiwinProjector
 from uhd_export.vit import VisionTower
 
 TOWER = "openai/clip-vit-large-patch14-336"
+SHARD_BYTES = 2 << 30
 VICUNA_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -47,15 +48,26 @@ def write_checkpoint(folder: Path, *, mask: int = 7, language_layers: int = 0, s
         ]
         if language_layers:
             parts.append((LanguageModel(parsed.language), ""))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module, prefix in parts:
-        for name, parameter in module.named_parameters():
-            tensors[prefix + name] = _random(name, tuple(parameter.shape), generator)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_shards(folder, parts, torch.Generator().manual_seed(seed))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
+
+
+def _write_shards(folder: Path, parts: list[tuple[torch.nn.Module, str]], generator: torch.Generator) -> None:
+    """Random tensors for the parameters of `parts`, a shard in memory at a time, and their index."""
+    where: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    shapes = [(prefix, name, p.shape) for module, prefix in parts for name, p in module.named_parameters()]
+    for i, (prefix, name, shape) in enumerate(shapes, start=1):
+        tensors[prefix + name] = _random(name, tuple(shape), generator)
+        if i == len(shapes) or sum(tensor.nbytes for tensor in tensors.values()) > SHARD_BYTES:
+            file = f"model-{i:05d}.safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
+            tensors.clear()
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
