@@ -216,7 +216,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--checkpoint", metavar="PATH|ID", help="Where the source is; default: as recorded.")
 def check(bundle: Path, checkpoint: str | None) -> None:
     """Verify every file of BUNDLE, and measure its parity with the checkpoint again."""
-    from runtime.bundle_report import print_parity, print_quality
+    from runtime.bundle_report import check_files, print_parity, print_quality
     from runtime.report import format_bytes
 
     try:
@@ -225,7 +225,7 @@ def check(bundle: Path, checkpoint: str | None) -> None:
         reason = explain(error)
         if checkpoint is not None or reason is None:
             raise
-        _check_files(bundle, reason)
+        check_files(bundle, reason)
         return
     report = check_bundle(bundle, checkpoint=checkpoint, progress=True)
     click.echo(
@@ -237,23 +237,6 @@ def check(bundle: Path, checkpoint: str | None) -> None:
         click.echo(report.note)
     if not report.ok:
         raise UhdError(f"bundle {bundle}: parity is over the limit; build it again with this version")
-
-
-def _check_files(bundle: Path, reason: str) -> None:
-    """What of `check` a device can do where, for `reason`, nothing can be measured."""
-    from runtime.bundle_report import print_parity, total_bytes
-    from runtime.integrity import verify_files
-    from runtime.manifest import read_manifest
-    from runtime.progress import progress_bar
-    from runtime.report import format_bytes
-
-    manifest = read_manifest(bundle)
-    size = total_bytes(manifest)
-    with progress_bar("hashing", size) as bar:
-        verify_files(bundle, manifest, hash_limit=None, on_bytes=bar.advance)
-    click.echo(f"{bundle}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
-    print_parity(manifest.parity)
-    click.echo(f"parity not measured: {reason}")
 
 
 @main.command("eval")

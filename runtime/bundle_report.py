@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.manifest import ENGINE_BACKENDS, Manifest, Parity, Quantization, part_files
+from runtime.integrity import verify_files
+from runtime.manifest import ENGINE_BACKENDS, Manifest, Parity, Quantization, part_files, read_manifest
+from runtime.progress import progress_bar
 from runtime.quality_report import print_quality as print_quality
 from runtime.report import format_bytes
 from runtime.tensorrt_record import plan_memory, read_record
@@ -23,6 +25,20 @@ def describe_bundle(folder: Path, manifest: Manifest) -> dict:
 def total_bytes(manifest: Manifest) -> int:
     """Size of all files."""
     return sum(record.bytes for record in manifest.files.values())
+
+
+def check_files(folder: Path, reason: str) -> None:
+    """What of a check a device can do where, for `reason`, nothing can be measured: every file's SHA-256.
+
+    Raises UhdError where a file is not as it was written.
+    """
+    manifest = read_manifest(folder)
+    size = total_bytes(manifest)
+    with progress_bar("hashing", size) as bar:
+        verify_files(folder, manifest, hash_limit=None, on_bytes=bar.advance)
+    print(f"{folder}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
+    print_parity(manifest.parity)
+    print(f"parity not measured: {reason}")
 
 
 def print_bundle(folder: Path, manifest: Manifest, console: Console | None = None) -> None:
