@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from runtime.machine import machine
-from runtime.memory import peak_memory
+from uhd_export.runtime.memory import peak_memory
+from uhd_export.runtime.profiling.machine import machine
 
 OURS, TRANSFORMERS, GENAI = runners.RUNNERS
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gptqmodel")

@@ -42,8 +42,8 @@ class Ours:
     """The emitted graph in ONNX Runtime, embedding rows from a memory-mapped table."""
 
     def __init__(self, folder: Path, weights: str, threads: int, context: int) -> None:
-        from runtime.decoder import Decoder
-        from runtime.engine import open_engine
+        from uhd_export.runtime.engines.backends import open_engine
+        from uhd_export.runtime.language.decoder import Decoder
 
         self.table = np.load(folder / EMBEDDINGS, mmap_mode="r")
         self.engine = open_engine(folder / f"{weights}.onnx", threads=threads)
@@ -51,7 +51,7 @@ class Ours:
 
     def run(self, ids: list[int], steps: int) -> Run:
         """One answer."""
-        from runtime.sampling import greedy
+        from uhd_export.runtime.language.sampling import greedy
 
         self.decoder.rewind(0)
         return _loop(
@@ -162,13 +162,13 @@ def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, lengt
     """A GPTQ checkpoint of the model, made by our quantizer from its own embeddings of random ids."""
     import torch
 
-    from calibration.activations import Activations
-    from calibration.gptq import Run
-    from calibration.sequences import Sequences
-    from calibration.solver import GptqOptions, library_version
-    from calibration.work import Work
-    from calibration.writer import quantization_config, write_checkpoint
-    from uhd_export.checkpoint import Checkpoint
+    from uhd_export.calibration.activations import Activations
+    from uhd_export.calibration.gptq import Run
+    from uhd_export.calibration.sequences import Sequences
+    from uhd_export.calibration.solver import GptqOptions, library_version
+    from uhd_export.calibration.work import Work
+    from uhd_export.calibration.writer import quantization_config, write_checkpoint
+    from uhd_export.checkpoint.reader import Checkpoint
 
     checkpoint, config, options = Checkpoint(folder / CHECKPOINT), llama_config(size), GptqOptions(GROUP)
     table = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
@@ -188,9 +188,10 @@ def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, lengt
 
 def export_ours(folder: Path, weights: str, size: dict[str, int]) -> int:
     """Emit our graph from the checkpoint; bytes of the linear weights a step reads."""
-    from uhd_export.checkpoint import Checkpoint
-    from uhd_export.int4 import ByName, GptqCheckpoint, GptqWeights, MatMulNBits, RoundedWeights
-    from uhd_export.language_graph import emit_language
+    from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.int4.formats import ByName, GptqWeights, MatMulNBits, RoundedWeights
+    from uhd_export.graph.language import emit_language
 
     checkpoint, linear, dtype = Checkpoint(folder / CHECKPOINT), None, weights
     if weights == "int4":
@@ -217,8 +218,8 @@ def emit_wide(folder: Path) -> dict[str, float]:
     """Emit two layers of Vicuna-7B's width in float16 from tensors that exist only while they are read."""
     import torch
 
-    from runtime.memory import peak_memory
-    from uhd_export.language_graph import emit_language
+    from uhd_export.graph.language import emit_language
+    from uhd_export.runtime.memory import peak_memory
 
     size = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "vocab_size": 32000}
     config = llama_config({**size, "num_attention_heads": 32, "max_position_embeddings": 4096})
@@ -239,7 +240,7 @@ def emit_wide(folder: Path) -> dict[str, float]:
 
 def llama_config(size: dict[str, int]):
     """A LanguageShape of LLaMA with the given Hugging Face fields."""
-    from runtime.shapes import LanguageShape
+    from uhd_export.runtime.config import LanguageShape
 
     heads = size["num_attention_heads"]
     return LanguageShape(

@@ -24,10 +24,11 @@ def build_language(folder: Path, capabilities: tuple[str, ...]) -> dict:
     """Two layers: seconds to write the graph and to build the engine, and sizes."""
     from random_checkpoint import write_checkpoint
 
-    from uhd_export.checkpoint import Checkpoint, read_config
-    from uhd_export.int4.formats import ByName, Int4Dequantize, RoundedWeights
-    from uhd_export.language_graph import emit_language
-    from uhd_export.linear import Dense
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.int4.formats import ByName, Int4Dequantize, RoundedWeights
+    from uhd_export.graph.language import emit_language
+    from uhd_export.graph.linear import Dense
     from uhd_export.tensorrt import EngineOptions, build_engine, language_profiles
 
     write_checkpoint(folder, language_layers=LAYERS)
@@ -51,9 +52,10 @@ def build_vision(folder: Path, capabilities: tuple[str, ...], plugins: bool) -> 
     """The whole vision part."""
     from random_checkpoint import write_checkpoint
 
-    from uhd_export.checkpoint import Checkpoint, read_config
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.vision import emit_vision
     from uhd_export.tensorrt import EngineOptions, build_engine, vision_profiles
-    from uhd_export.vision_graph import emit_vision
 
     write_checkpoint(folder)
     config, checkpoint = read_config(folder), Checkpoint(folder)
@@ -70,7 +72,7 @@ def build_vision(folder: Path, capabilities: tuple[str, ...], plugins: bool) -> 
 
 def describe(record: object, seconds: float) -> dict:
     """What a build gave."""
-    from runtime.memory import peak_memory
+    from uhd_export.runtime.memory import peak_memory
 
     return {
         "tensorrt": record.tensorrt,
@@ -113,7 +115,7 @@ def main() -> None:
                 result = build_vision(Path(folder), capabilities, options.alone == "vision")
         print(json.dumps(result))
         return
-    from runtime.machine import machine
+    from uhd_export.runtime.profiling.machine import machine
 
     results = {}
     for part in options.part or PARTS:

@@ -25,10 +25,10 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     """The checkpoint, with the embedded model's tokenizer: its ids are a part of the vocabulary's."""
     from random_checkpoint import write_checkpoint
 
-    from uhd_export.nano import checkpoint_path
+    from uhd_export.checkpoint.source import EMBEDDED
 
     write_checkpoint(folder, language_layers=layers)
-    shutil.copy(checkpoint_path() / "tokenizer.json", folder)
+    shutil.copy(EMBEDDED / "tokenizer.json", folder)
     return folder
 
 

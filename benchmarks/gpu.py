@@ -69,7 +69,7 @@ def measure_vision(options: argparse.Namespace, machine: dict) -> dict:
     import torch
     from random_checkpoint import write_checkpoint
 
-    from plugins.roofline import CROPS
+    from uhd_export.plugins.roofline import CROPS
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder))
@@ -129,9 +129,10 @@ def measure_vision_engines(options: argparse.Namespace, machine: dict) -> dict:
     import torch
     from random_checkpoint import write_checkpoint
 
-    from plugins.roofline import CROPS
-    from uhd_export.checkpoint import Checkpoint, read_config
-    from uhd_export.vision_graph import emit_vision
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.vision import emit_vision
+    from uhd_export.plugins.roofline import CROPS
 
     capability = machine["capability"]
     with tempfile.TemporaryDirectory() as folder:

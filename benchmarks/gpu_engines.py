@@ -12,19 +12,25 @@ import numpy as np
 import torch
 from attempts import Unavailable
 
-from runtime.decoder import Decoder
-from runtime.engine import Engine, open_engine
-from runtime.errors import UhdError
-from runtime.geometry import crop_geometry
-from runtime.shapes import LanguageShape
-from runtime.tensorrt_backend import BACKENDS, describe_backend, open_tensorrt, supported_capabilities
-from runtime.tensorrt_engine import TensorrtEngine
-from runtime.tensorrt_memory import DeviceArray
-from uhd_export.config import ModelConfig
-from uhd_export.int4.formats import ByName, Description, Int4Dequantize, MatMulNBits
-from uhd_export.int4.weight import QuantizedWeight, round_to_nearest
-from uhd_export.language_graph import emit_language
-from uhd_export.linear import Dense, Linear
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
+from uhd_export.graph.int4.formats import ByName, Description, Int4Dequantize, MatMulNBits
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.linear import Dense, Linear
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.engines.tensorrt.backend import (
+    BACKENDS,
+    describe_backend,
+    open_tensorrt,
+    supported_capabilities,
+)
+from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
+from uhd_export.runtime.engines.tensorrt.memory import DeviceArray
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.tensorrt import EngineOptions, build_engine, language_profiles, vision_profiles
 
 GROUP = 128

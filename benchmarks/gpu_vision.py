@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from plugins.jbu import torch_op as _jbu  # noqa: F401 (registers the op)
-from plugins.window_attention import torch_op as _window  # noqa: F401
-from plugins.window_attention.reference import Level, Mixed
-from runtime.geometry import crop_geometry
-from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint, read_config
-from uhd_export.fold import FoldedProjector, fold, folded_tokens
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import VisionTower
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
+from uhd_export.model.folding import FoldedProjector, fold, folded_tokens
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import VisionTower
+from uhd_export.plugins.jbu import torch_op as _jbu  # noqa: F401 (registers the op)
+from uhd_export.plugins.window_attention import torch_op as _window  # noqa: F401
+from uhd_export.plugins.window_attention.reference import Level, Mixed
+from uhd_export.runtime.image.geometry import crop_geometry
 
 Maps = dict[int, torch.Tensor]
 Geometry = dict[str, torch.Tensor]

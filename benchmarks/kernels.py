@@ -2,8 +2,8 @@
 
 For each op and each batch of equal crops of a 1008x672 image: the kernel's error, then the median time
 of the kernel, of the reference in eager PyTorch and under torch.compile, and the kernel's time over its
-floor (`plugins.roofline`, from the data sheet where the GPU is known, else from a measured copy). Timed is
-the GPU's own work: it flushes its L2 cache while the host queues the call. Needs a CUDA GPU and PyTorch
+floor (`uhd_export.plugins.roofline`, from the data sheet where the GPU is known, else a measured copy). Timed
+is the GPU's own work: it flushes its L2 cache while the host queues the call. Needs a CUDA GPU and PyTorch
 built for it.
 
     python benchmarks/kernels.py [--dtype float16] [--repeats 30] [--json FILE]
@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from attempts import attempt, failures, require
 
-from plugins.jbu import torch_op as jbu
-from plugins.jbu.launch import INPUTS
-from plugins.roofline import (
+from uhd_export.plugins.jbu import torch_op as jbu
+from uhd_export.plugins.jbu.launch import INPUTS
+from uhd_export.plugins.roofline import (
     CHANNELS,
     CROPS,
     KNOWN_DEVICES,
@@ -36,10 +36,10 @@ from plugins.roofline import (
     jbu_work,
     window_work,
 )
-from plugins.window_attention import torch_op as window
-from plugins.window_attention.launch import LevelShape
-from plugins.window_attention.reference import Level
-from runtime.geometry import bicubic, crop_geometry, reflect_pad
+from uhd_export.plugins.window_attention import torch_op as window
+from uhd_export.plugins.window_attention.launch import LevelShape
+from uhd_export.plugins.window_attention.reference import Level
+from uhd_export.runtime.image.geometry import bicubic, crop_geometry, reflect_pad
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # |a - b| / |b|
 FLUSH_BYTES = 256 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.machine import machine
+from uhd_export.runtime.profiling.machine import machine
 
 LAYERS = 32
 SEQUENCE = 1024
@@ -40,13 +40,14 @@ def write_cut(folder: str) -> None:
 
 def measure(folder: str, tokens: int, held_out: int, pipe: mp.connection.Connection) -> None:
     """Quantize the cut; send what it took."""
-    from calibration.activations import Activations
-    from calibration.gptq import Run
-    from calibration.sequences import Sequences
-    from calibration.solver import GptqOptions, library_version
-    from calibration.work import Work
-    from runtime.memory import peak_memory
-    from uhd_export.checkpoint import Checkpoint, read_config
+    from uhd_export.calibration.activations import Activations
+    from uhd_export.calibration.gptq import Run
+    from uhd_export.calibration.sequences import Sequences
+    from uhd_export.calibration.solver import GptqOptions, library_version
+    from uhd_export.calibration.work import Work
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.runtime.memory import peak_memory
 
     config = read_config(Path(folder)).language
     checkpoint = Checkpoint(Path(folder))

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX
-from uhd_export.config import KNOWN_TOWERS, parse_config
-from uhd_export.language import LanguageModel
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import VisionTower
+from uhd_export.checkpoint.config import parse_config
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
+from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import VisionTower
 
 TOWER = "openai/clip-vit-large-patch14-336"
 SHARD_BYTES = 2 << 30

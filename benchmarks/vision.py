@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from runtime.machine import machine
-from runtime.memory import peak_memory
-from runtime.stages import VISION_STAGES as STAGES
-from runtime.stages import stage_shares
+from uhd_export.runtime.memory import peak_memory
+from uhd_export.runtime.profiling.machine import machine
+from uhd_export.runtime.profiling.stages import VISION_STAGES as STAGES
+from uhd_export.runtime.profiling.stages import stage_shares
 
 Batches = list[tuple[int, int, int]]
 
@@ -67,9 +67,10 @@ class Eager:
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
 
-        from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint, read_config
-        from uhd_export.projector import HiwinProjector
-        from uhd_export.vit import VisionTower
+        from uhd_export.checkpoint.config import read_config
+        from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
+        from uhd_export.model.projector import HiwinProjector
+        from uhd_export.model.vit import VisionTower
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -86,7 +87,7 @@ class Eager:
         """Encode every batch of crops."""
         import torch
 
-        from runtime.geometry import crop_geometry
+        from uhd_export.runtime.image.geometry import crop_geometry
 
         stages, tokens = dict.fromkeys(STAGES, 0.0), []
         for batch, rows, cols in batches:
@@ -109,7 +110,7 @@ class Folded:
     """vision.onnx in ONNX Runtime, traced: that costs microseconds a node, where a run takes seconds."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from runtime.engine import open_engine
+        from uhd_export.runtime.engines.backends import open_engine
 
         self.traces = tempfile.TemporaryDirectory()
         path, prefix = folder / "vision.onnx", Path(self.traces.name) / "vision"
@@ -117,7 +118,7 @@ class Folded:
 
     def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
-        from runtime.geometry import crop_geometry
+        from uhd_export.runtime.image.geometry import crop_geometry
 
         seconds, tokens = 0.0, []
         for batch, rows, cols in batches:
@@ -169,8 +170,9 @@ class Worker:
 
 def export(folder: Path) -> None:
     """Emit vision.onnx beside the checkpoint."""
-    from uhd_export.checkpoint import Checkpoint, read_config
-    from uhd_export.vision_graph import emit_vision
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.vision import emit_vision
 
     emit_vision(read_config(folder), Checkpoint(folder), folder / "vision.onnx")
 

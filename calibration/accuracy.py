@@ -4,18 +4,18 @@ from collections.abc import Mapping
 
 import torch
 
-from calibration.quality import Accuracy
-from calibration.sequences import greedy_tokens
-from runtime.manifest import RunConfig
-from runtime.progress import Bar
-from runtime.prompt import encode, render
-from runtime.sequence import PromptSequence, picture
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.config import ModelConfig
-from uhd_export.language import LanguageModel
+from uhd_export.calibration.quality import Accuracy
+from uhd_export.calibration.sequences import greedy_tokens
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.reference import VisionReference, reference_embeds
 from uhd_export.nano.evaluate import held_out_question
-from uhd_export.reference import VisionReference, reference_embeds
-from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.runtime.language.prompt import encode, render
+from uhd_export.runtime.language.sequence import PromptSequence, picture
+from uhd_export.runtime.progress import Bar
+from uhd_export.runtime.settings import RunConfig
 
 _LONGEST = 8
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.errors import UhdError
-from runtime.prompt import IMAGE
 from uhd_export.nano.cards import make_card_image
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.prompt import IMAGE
 
 # The embedded model trains on set 1 and is evaluated on set 2; 3 are its sample images.
 CALIBRATION_SEED = 4

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from calibration.gptq import ERROR_ROWS
-from calibration.sequences import SequenceOptions
-from runtime.errors import UhdError
-from runtime.memory import available_memory
-from uhd_export.config import ModelConfig
-from uhd_export.int4 import layer_linears
+from uhd_export.calibration.gptq import ERROR_ROWS
+from uhd_export.calibration.sequences import SequenceOptions
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.int4.linears import layer_linears
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.memory import available_memory
 
 # torch, gptqmodel and what they import: a cautious guess.
 _LIBRARIES = 900 << 20

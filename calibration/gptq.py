@@ -14,18 +14,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calibration.activations import Activations
-from calibration.layers import GROUPS, LayerRunner, load_layer
-from calibration.quality import LinearQuality, ModelQuality, model_quality, output_error
-from calibration.sequences import Sequences
-from calibration.solver import GptqOptions, GroupSolver, Solved
-from calibration.work import Work
-from runtime.errors import UhdError
-from runtime.shapes import LanguageShape
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.int4 import QuantizedWeight, round_to_nearest
-from uhd_export.int4.words import pack_gptq
-from uhd_export.language import DecoderLayer, RMSNorm
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.layers import GROUPS, LayerRunner, load_layer
+from uhd_export.calibration.quality import LinearQuality, ModelQuality, model_quality, output_error
+from uhd_export.calibration.sequences import Sequences
+from uhd_export.calibration.solver import GptqOptions, GroupSolver, Solved
+from uhd_export.calibration.work import Work
+from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
+from uhd_export.checkpoint.int4.words import pack_gptq
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.model.language import DecoderLayer, RMSNorm
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
 
 CALIBRATION, HELD_OUT, WITH_RTN, WITH_GPTQ = "calibration", "held_out", "held_out_rtn", "held_out_gptq"
 # Held-out input rows on which layer errors are measured, of all sequences together.

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from calibration.activations import Activations, Batch
-from runtime.shapes import LanguageShape
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.language import DecoderLayer, rotary_tables
+from uhd_export.calibration.activations import Activations, Batch
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.model.language import DecoderLayer, rotary_tables
+from uhd_export.runtime.config import LanguageShape
 
 # Linears that see the same input, in the order in which data reaches them.
 GROUPS = (

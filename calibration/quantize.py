@@ -11,27 +11,31 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from calibration.accuracy import measure_accuracy
-from calibration.data import Pair, card_pairs, read_pairs, without_duplicates
-from calibration.estimate import require_memory
-from calibration.gptq import CALIBRATION, HELD_OUT, Run
-from calibration.picture import draw_report
-from calibration.quality import Accuracy, Report
-from calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
-from calibration.solver import GptqOptions, library_version
-from calibration.work import Work, differing
-from calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
-from runtime.errors import UhdError
-from runtime.manifest import QUALITY, QUALITY_PICTURE, Quantization, RunConfig
-from runtime.progress import progress_bar
-from runtime.slicing import MAX_SLICES
-from uhd_export.checkpoint import Checkpoint, read_config, source_folder
-from uhd_export.config import ModelConfig, check_image_options, read_json
-from uhd_export.int4 import GptqCheckpoint, RoundedView, check_group, largest_group, linear_shapes
-from uhd_export.int4.checkpoint import gptq_config
-from uhd_export.provenance import NANO
-from uhd_export.staging import output_errors, staged_folder
-from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.bundle.staging import output_errors, staged_folder
+from uhd_export.calibration.accuracy import measure_accuracy
+from uhd_export.calibration.chart import draw_report
+from uhd_export.calibration.data import Pair, card_pairs, read_pairs, without_duplicates
+from uhd_export.calibration.estimate import require_memory
+from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, Run
+from uhd_export.calibration.quality import Accuracy, Report
+from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
+from uhd_export.calibration.solver import GptqOptions, library_version
+from uhd_export.calibration.work import Work, differing
+from uhd_export.calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
+from uhd_export.checkpoint.config import ModelConfig, check_image_options, read_config
+from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, gptq_config
+from uhd_export.checkpoint.int4.linears import largest_group, linear_shapes
+from uhd_export.checkpoint.int4.weight import check_group
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.source import NANO, source_folder
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.graph.int4.view import RoundedView
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE, Quantization
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.slicing import MAX_SLICES
+from uhd_export.runtime.progress import progress_bar
+from uhd_export.runtime.settings import RunConfig
 
 # Raised when a change of code makes unfinished work of an earlier version useless.
 _WORK_VERSION = 2

@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from calibration.activations import Activations
-from calibration.data import Pair
-from runtime import prompt as prompts
-from runtime.errors import UhdError
-from runtime.manifest import RunConfig
-from runtime.pixels import open_image
-from runtime.progress import Bar
-from runtime.sequence import PromptSequence, picture
-from runtime.shapes import LanguageShape
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.config import ModelConfig
-from uhd_export.language import LanguageModel
-from uhd_export.reference import VisionReference, embedding_rows, reference_embeds
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.data import Pair
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.pixels import open_image
+from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.sequence import PromptSequence, picture
+from uhd_export.runtime.progress import Bar
+from uhd_export.runtime.settings import RunConfig
 
 MIN_SAMPLES = 4
 # Greedy tokens of the unquantized model, on which predictions are compared.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.errors import UhdError
-from uhd_export.int4 import QuantizedWeight, round_to_nearest
+from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
+from uhd_export.runtime.errors import UhdError
 
 LIBRARY = "gptqmodel"
 # A linear that saw a smaller share of the calibration tokens is rounded instead.

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from calibration.activations import Activations
-from calibration.quality import LinearQuality
-from runtime.errors import UhdError
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.quality import LinearQuality
+from uhd_export.runtime.errors import UhdError
 
 _STATE, _ACTIVATIONS = "state.json", "activations.safetensors"
 _FORMAT = {"format": "pt"}

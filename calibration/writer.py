@@ -8,12 +8,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from calibration.solver import GptqOptions
-from calibration.work import Work, disk_errors, write_tensors
-from runtime.manifest import QUALITY, QUALITY_PICTURE
-from runtime.shapes import LanguageShape
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.int4 import linear_shapes
+from uhd_export.calibration.solver import GptqOptions
+from uhd_export.calibration.work import Work, disk_errors, write_tensors
+from uhd_export.checkpoint.int4.linears import linear_shapes
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE
+from uhd_export.runtime.config import LanguageShape
 
 _SHARD_BYTES = 2 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")

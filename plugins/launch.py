@@ -1,7 +1,7 @@
 """What a kernel launch is made of, described once for PyTorch, the compiler and TensorRT.
 
 Each op plans its launches from shapes alone (`plugins/*/launch.py`, plain arithmetic). PyTorch hands
-a plan to Triton's just-in-time launcher, `plugins.compile` compiles it ahead of time, and a TensorRT
+a plan to Triton's just-in-time launcher, `plugins/compile/` compiles it ahead of time, and a TensorRT
 plugin launches the compiled code on a device that has neither Triton nor PyTorch.
 """
 

@@ -4,8 +4,8 @@ Bytes count every input once and every output once per call; FLOPs are those of 
 a multiply-add: what an implementation adds (halos, composed stencils, padded tiles) is not in them. The
 floor is the longer of bytes over memory bandwidth and FLOPs over the tensor cores' dense float16 peak.
 
-`python -m plugins.roofline` prints the floors of one 1008x672 image: six 24x24 crops in one call, the
-19x29 overview in another.
+`python -m uhd_export.plugins.roofline` prints the floors of one 1008x672 image: six 24x24 crops in one
+call, the 19x29 overview in another.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plugins.window_attention.launch import LevelShape
-from runtime.geometry import bin_grid, roi_align
+from uhd_export.plugins.window_attention.launch import LevelShape
+from uhd_export.runtime.image.geometry import bin_grid, roi_align
 
 TAPS, RANGE, COLOURS, FIXUP_IN = 49, 32, 3, 52
 CROPS = ((6, 24, 24), (1, 19, 29))  # batch, rows, columns of patches at 1008x672

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import torch
 
-from plugins.launch import Launch
-from plugins.tensorrt_common import Operator, check_shapes
-from plugins.tiles import INTERPRETED
-from runtime.errors import UhdError
+from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.operator import Operator, check_shapes
+from uhd_export.plugins.tiles import INTERPRETED
+from uhd_export.runtime.errors import UhdError
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

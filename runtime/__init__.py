@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
+    from uhd_export.runtime.pipeline import Pipeline
 
 __all__ = ["Pipeline"]
 
@@ -11,7 +11,7 @@ __all__ = ["Pipeline"]
 def __getattr__(name: str) -> object:
     """Import `Pipeline` when asked for, so that planning alone needs no backend."""
     if name == "Pipeline":
-        from runtime.pipeline import Pipeline
+        from uhd_export.runtime.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

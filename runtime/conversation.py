@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from runtime import prompt as prompts
-from runtime.sampling import Sampling
+from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.sampling import Sampling
 
 if TYPE_CHECKING:
-    from runtime.pipeline import ImageLike, Pipeline
+    from uhd_export.runtime.pipeline import ImageLike, Pipeline
 
 
 class Conversation:

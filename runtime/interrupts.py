@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
-from runtime.errors import UhdError
+from uhd_export.runtime.errors import UhdError
 
 _received = threading.Event()
 

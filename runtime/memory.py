@@ -51,11 +51,11 @@ def peak_apart(function: Callable[..., object], **arguments: object) -> int | No
     memory, or where the system does not tell.
     """
     code = (
-        "import json, sys; from runtime.memory import peak_memory; "
+        "import json, sys; from uhd_export.runtime.memory import peak_memory; "
         f"from {function.__module__} import {function.__name__} as function; "
         "function(**json.load(sys.stdin)); print(json.dumps(peak_memory()))"
     )
     # Not multiprocessing, which would run the program again that this one is part of.
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-P", "-c", code]  # -P: nothing is imported from the current folder
     done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -10,22 +10,24 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from runtime import prompt as prompts
-from runtime.conversation import Conversation
-from runtime.decoder import EMBEDS, Decoder
-from runtime.detokenize import Detokenizer
-from runtime.embeddings import EmbeddingTable
-from runtime.engine import Array, Engine, open_engine
-from runtime.errors import UhdError
-from runtime.geometry import GRID_MODES
-from runtime.integrity import verify_files
-from runtime.manifest import EMBEDDINGS, TOKENIZER, Manifest, RunConfig, part_files, read_manifest
-from runtime.pixels import cut, open_image
-from runtime.prefix import PrefixDecoder
-from runtime.sampling import Sampling, sample
-from runtime.sequence import Picture, PromptSequence, picture, place
-from runtime.slicing import SlicePlan, plan_slices
-from runtime.vision import VisionEncoder
+from uhd_export.runtime.bundle.integrity import verify_files
+from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from uhd_export.runtime.conversation import Conversation
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.encoder import VisionEncoder
+from uhd_export.runtime.image.geometry import GRID_MODES
+from uhd_export.runtime.image.pixels import cut, open_image
+from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
+from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.decoder import EMBEDS, Decoder
+from uhd_export.runtime.language.detokenizer import Detokenizer
+from uhd_export.runtime.language.embeddings import EmbeddingTable
+from uhd_export.runtime.language.prefix_cache import PrefixDecoder
+from uhd_export.runtime.language.sampling import Sampling, sample
+from uhd_export.runtime.language.sequence import Picture, PromptSequence, picture, place
+from uhd_export.runtime.settings import RunConfig
 
 ImageLike = str | Path | Image.Image | np.ndarray
 Images = ImageLike | Sequence[ImageLike]

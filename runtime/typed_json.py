@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from runtime.errors import UhdError
+from uhd_export.runtime.errors import UhdError
 
 T = TypeVar("T")
 

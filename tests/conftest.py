@@ -91,7 +91,7 @@ def spoken_checkpoint(golden_checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def golden_bundle(spoken_checkpoint, tmp_path_factory) -> Path:
     """A float32 bundle of the golden checkpoint, not to be changed."""
-    from uhd_export.build import build_bundle
+    from uhd_export.bundle.build import build_bundle
 
     folder = tmp_path_factory.mktemp("bundles") / "golden"
     build_bundle(spoken_checkpoint, folder, vision_tower=spoken_checkpoint / "clip", verify=False)
@@ -103,7 +103,7 @@ def call():
     """`call(*arguments)` runs the command line in this process."""
     from click.testing import CliRunner
 
-    import cli
+    from uhd_export.cli import main as cli
 
     def run(*arguments, **options):
         return CliRunner().invoke(cli.main, [str(a) for a in arguments], **options)
@@ -129,7 +129,7 @@ def fails(call):
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory) -> Path:
     """A readable image of 300x200 pixels."""
-    from runtime.pattern import pattern
+    from uhd_export.runtime.image.pattern import pattern
 
     path = tmp_path_factory.mktemp("images") / "image.png"
     pattern(300, 200).save(path)

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
-from runtime.tensorrt_record import read_record, write_record
+from uhd_export.runtime.engines.tensorrt.record import read_record, write_record
 
 
 class FakeCuda:
-    """`runtime.tensorrt_cuda.Cuda` on the host."""
+    """`uhd_export.runtime.engines.tensorrt.cuda.Cuda` on the host."""
 
     def __init__(self, capability="8.9", memory=2**30):
         self.name, self.capability, self.memory, self.stream = "Fake GPU", capability, memory, 7

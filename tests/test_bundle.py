@@ -13,15 +13,15 @@ from golden import recipe
 from rich.console import Console
 from safetensors.numpy import save_file
 
-import uhd_export.build as build
-import uhd_export.parity as parity
-import uhd_export.staging as staging
-from runtime import Pipeline
-from runtime.bundle_report import print_parity
-from runtime.errors import UhdError
-from runtime.manifest import Parity, read_manifest
-from uhd_export.build import build_bundle
-from uhd_export.check import check_bundle
+import uhd_export.bundle.build as build
+import uhd_export.bundle.parity as parity
+import uhd_export.bundle.staging as staging
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.check import check_bundle
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.bundle.manifest import Parity, read_manifest
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.terminal.bundle_report import print_parity
 
 SMALL = recipe.image(500, 120, 5)
 
@@ -253,7 +253,7 @@ def test_check_finds_what_was_altered(golden_bundle, tmp_path):
 
 
 def test_check_without_the_checkpoint(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
-    import uhd_export.check as check
+    import uhd_export.bundle.check as check
 
     moved = tmp_path / "moved"
     shutil.copytree(spoken_checkpoint, moved)

@@ -9,13 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from calibration.activations import Activations
-from calibration.data import Pair, Turn, card_pairs, read_pairs
-from calibration.estimate import estimate_memory, require_memory
-from calibration.layers import GROUPS, LayerRunner, load_layer
-from calibration.picture import draw_report
-from calibration.quality import Accuracy, LinearQuality, ModelQuality, Report, model_quality, output_error
-from calibration.sequences import (
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.chart import draw_report
+from uhd_export.calibration.data import Pair, Turn, card_pairs, read_pairs
+from uhd_export.calibration.estimate import estimate_memory, require_memory
+from uhd_export.calibration.layers import GROUPS, LayerRunner, load_layer
+from uhd_export.calibration.quality import (
+    Accuracy,
+    LinearQuality,
+    ModelQuality,
+    Report,
+    model_quality,
+    output_error,
+)
+from uhd_export.calibration.sequences import (
     SequenceOptions,
     build_sequences,
     choose,
@@ -23,12 +30,13 @@ from calibration.sequences import (
     greedy_tokens,
     run_config,
 )
-from calibration.work import Work
-from runtime.errors import UhdError
-from runtime.progress import progress_bar
-from runtime.prompt import IMAGE_ID
-from uhd_export.checkpoint import Checkpoint, read_config
+from uhd_export.calibration.work import Work
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.nano.tokenizer import build_tokenizer
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.prompt import IMAGE_ID
+from uhd_export.runtime.progress import progress_bar
 
 
 @pytest.fixture(scope="module")
@@ -324,15 +332,15 @@ def test_memory_is_estimated_before_anything_starts(golden, monkeypatch):
         estimate_memory(config, SequenceOptions(samples=80, held_out=2, length=1024), 1).total
         > estimate.total
     )
-    monkeypatch.setattr("calibration.estimate.available_memory", lambda: estimate.total - 1)
+    monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: estimate.total - 1)
     with pytest.raises(UhdError, match=r"about 1\.\d GB of memory .* lower --samples or --length"):
         require_memory(config, options, 1)
     asked = estimate_memory(config, options, 1, 10)
     assert asked.total > estimate.total
-    monkeypatch.setattr("calibration.estimate.available_memory", lambda: asked.total - 1)
+    monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: asked.total - 1)
     with pytest.raises(UhdError, match=r"GB of it for whole models in float32.* use --eval 0"):
         require_memory(config, options, 1, 10)
-    monkeypatch.setattr("calibration.estimate.available_memory", lambda: None)
+    monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: None)
     assert require_memory(config, options, 1) == estimate
 
 

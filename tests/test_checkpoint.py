@@ -6,9 +6,10 @@ import torch
 from golden import recipe
 from safetensors.torch import load_file, save_file
 
-from runtime.errors import UhdError
 from uhd_export import load_model
-from uhd_export.checkpoint import Checkpoint, locate
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.source import locate
+from uhd_export.runtime.errors import UhdError
 
 PROMPT = [1, 5, 9]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import uhd_export.build as build
-import uhd_export.check as check
+import uhd_export.bundle.build as build
+import uhd_export.bundle.check as check
 import uhd_export.nano.evaluate as evaluate
-from cli import STOPPED
-from runtime.manifest import Parity
-from runtime.pattern import pattern
+from uhd_export.cli.main import STOPPED
+from uhd_export.runtime.bundle.manifest import Parity
+from uhd_export.runtime.image.pattern import pattern
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -210,7 +210,7 @@ def test_a_terminal_sees_what_is_waited_for_and_keeps_nothing_of_it(golden_bundl
 
 def test_files_are_checked_where_torch_is_not_installed(golden_bundle, tmp_path):
     def run(*arguments):
-        code = "import sys; sys.modules['torch'] = None; import cli; cli.main(sys.argv[1:])"
+        code = "import sys; sys.modules['torch'] = None; from uhd_export.cli.main import main; main()"
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 

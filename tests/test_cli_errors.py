@@ -7,10 +7,10 @@ import struct
 import pytest
 from PIL import Image
 
-from runtime.integrity import hash_file
-from runtime.manifest import MANIFEST, _digest
-from runtime.pattern import pattern
-from runtime.slicing import plan_slices
+from uhd_export.runtime.bundle.integrity import hash_file
+from uhd_export.runtime.bundle.manifest import MANIFEST, _digest
+from uhd_export.runtime.image.pattern import pattern
+from uhd_export.runtime.image.slicing import plan_slices
 
 
 def leftovers(folder):
@@ -47,7 +47,7 @@ def test_images_of_every_kind_work(call, golden_bundle, tmp_path, name):
 
 
 def test_rotation_is_applied(tmp_path):
-    from runtime.pixels import open_image
+    from uhd_export.runtime.image.pixels import open_image
 
     save_exif(tmp_path / "rotated.jpg")
     assert open_image(tmp_path / "rotated.jpg").size == (200, 300)

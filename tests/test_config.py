@@ -4,11 +4,11 @@ import json
 import pytest
 from conftest import GOLDEN
 
-from runtime.errors import UhdError
-from runtime.layout import Separators
-from uhd_export.checkpoint import read_config
-from uhd_export.config import KNOWN_TOWERS, mask_levels, parse_config
-from uhd_export.fields import read_json
+from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
+from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import Separators
 
 TOWER = read_json(GOLDEN / "configs" / "clip.json")
 MISSING = object()

@@ -7,12 +7,12 @@ from conftest import assert_close, golden_tensors
 from golden import recipe
 from tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
-from runtime.decoder import Decoder
-from runtime.engine import open_engine
-from runtime.errors import UhdError
-from runtime.sampling import greedy
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.language_graph import emit_language
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.language import emit_language
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.decoder import Decoder
+from uhd_export.runtime.language.sampling import greedy
 
 TOLERANCE = {"float32": 5e-6, "float16": 4e-3}
 VARIANTS = [

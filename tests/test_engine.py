@@ -9,9 +9,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from plugins.graph import GraphBuilder
-from runtime.engine import open_engine
-from runtime.errors import UhdError
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.errors import UhdError
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch)
 
 
 def test_a_backend_that_is_not_installed_says_what_to_install(accumulator, monkeypatch):
-    monkeypatch.delitem(sys.modules, "runtime.ort_engine")
+    monkeypatch.delitem(sys.modules, "uhd_export.runtime.engines.onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UhdError, match=r"^backend onnxruntime: not installed .*pip install onnxruntime$"):
         open_engine(accumulator)

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from runtime import flops
-from runtime.flops import kv_cache_bytes, language_bytes, stage_costs, total
-from runtime.geometry import crop_geometry
-from runtime.shapes import OFFICIAL, LanguageShape, ProjectorShape, VisionShape, official
-from runtime.slicing import plan_slices
-from uhd_export.fold import fold, folded_tokens
-from uhd_export.language import LanguageModel
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import VisionTower
+from uhd_export.model.folding import fold, folded_tokens
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import VisionTower
+from uhd_export.runtime.config import OFFICIAL, LanguageShape, ProjectorShape, VisionShape, official
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.slicing import plan_slices
+from uhd_export.runtime.profiling import costs as flops
+from uhd_export.runtime.profiling.costs import kv_cache_bytes, language_bytes, stage_costs, total
 
 GRIDS = plan_slices((1008, 672)).patch_grids
 MASKS = {"mask7(1x,2x,4x)": (1, 2, 4), "mask5(1x,4x)": (1, 4), "mask3(1x,2x)": (1, 2)}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd_export.fold import fold, folded_tokens
+from uhd_export.model.folding import fold, folded_tokens
 
 
 def relative_error(actual, expected):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from runtime.errors import UhdError
-from runtime.geometry import (
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import (
     BIN_CANDIDATES,
     RADIUS,
     adaptive_average,

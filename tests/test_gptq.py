@@ -13,28 +13,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from calibration.activations import Activations
-from calibration.data import Pair, Turn
-from calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
-from calibration.quality import Report, output_error
-from calibration.quantize import quantize
-from calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
-from calibration.solver import GptqOptions, GroupSolver
-from calibration.work import Work
-from calibration.writer import bytes_beside_layers
-from runtime.errors import UhdError
-from runtime.manifest import QUALITY, QUALITY_PICTURE
-from runtime.progress import progress_bar
-from runtime.shapes import LanguageShape
 from uhd_export import load_model
-from uhd_export.checkpoint import Checkpoint, read_config
-from uhd_export.int4 import GptqCheckpoint, open_checkpoint, round_to_nearest
-from uhd_export.language import LanguageModel
-from uhd_export.nano import checkpoint_path
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.data import Pair, Turn
+from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
+from uhd_export.calibration.quality import Report, output_error
+from uhd_export.calibration.quantize import quantize
+from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
+from uhd_export.calibration.solver import GptqOptions, GroupSolver
+from uhd_export.calibration.work import Work
+from uhd_export.calibration.writer import bytes_beside_layers
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
+from uhd_export.checkpoint.int4.weight import round_to_nearest
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.reference import embedding_rows
 from uhd_export.nano.cards import NAMES, make_card_image, question
 from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
-from uhd_export.reference import embedding_rows
-from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.progress import progress_bar
 
 try:
     importlib.metadata.version("gptqmodel")
@@ -116,7 +118,7 @@ def test_the_install_line_is_given_where_the_library_is_missing(monkeypatch, gol
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("calibration.solver.importlib.metadata.version", missing)
+    monkeypatch.setattr("uhd_export.calibration.solver.importlib.metadata.version", missing)
     with pytest.raises(UhdError, match=r"pip install 'uhd-export\[gptq\]'; --weights int4-rtn needs neither"):
         quantize(golden_checkpoint, tmp_path / "out")
 
@@ -430,7 +432,7 @@ def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, mon
         quantize(source, out, **arguments)
     assert not out.exists()
     monkeypatch.undo()
-    monkeypatch.setattr("calibration.quantize.build_sequences", None)  # they are not built again
+    monkeypatch.setattr("uhd_export.calibration.quantize.build_sequences", None)  # they are not built again
     report = quantize(source, out, **arguments)
     assert said == [f"continuing unfinished work at layer {layer} of 2"]
     assert report == quantized[1]
@@ -510,7 +512,7 @@ def test_nano_answers_as_before(tmp_path):
 @needs_library
 def test_visual_tokens_make_better_calibration_than_text(tmp_path):
     """On the embedded model: GPTQ beats rounding, and beats itself calibrated on as many text tokens."""
-    folder = checkpoint_path()
+    folder = EMBEDDED
     checkpoint, config, tokenizer = Checkpoint(folder), read_config(folder), checkpoint_tokenizer(folder)
     pairs = []
     for index in range(5):

@@ -130,7 +130,7 @@ def test_the_decode_loop(tmp_path, dialect):
     import gpu_engines
     from decode_runners import llama_config
 
-    from runtime.engine import open_engine
+    from uhd_export.runtime.engines.backends import open_engine
 
     config = llama_config({**SIZE, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 64})
     graph = gpu_engines.emit_int4(config, tmp_path / "x.onnx", dialect, 64)
@@ -146,7 +146,7 @@ def test_every_part_on_a_tiny_model(golden_checkpoint, tmp_path, monkeypatch):
     import kernels
     import random_checkpoint
 
-    import plugins.roofline
+    import uhd_export.plugins.roofline
 
     def tiny(folder, **_):
         shutil.copytree(golden_checkpoint, folder, dirs_exist_ok=True)
@@ -161,7 +161,7 @@ def test_every_part_on_a_tiny_model(golden_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(random_checkpoint, "write_checkpoint", tiny)
     monkeypatch.setattr(random_checkpoint, "VICUNA_7B", {**SIZE, "vocab_size": 300})
     monkeypatch.setattr(kernels, "milliseconds", timed)
-    monkeypatch.setattr(plugins.roofline, "CROPS", ((2, 6, 8), (1, 5, 7)))
+    monkeypatch.setattr(uhd_export.plugins.roofline, "CROPS", ((2, 6, 8), (1, 5, 7)))
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

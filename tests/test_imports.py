@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import runtime
+from uhd_export import runtime
 
 HEAVY = ("torch", "transformers", "safetensors", "onnx", "triton")
 PROBE = """
@@ -25,14 +25,18 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_the_whole_runtime_imports_without_torch():
-    modules = [m.name for m in pkgutil.walk_packages(runtime.__path__, "runtime.")]
-    assert {"runtime.slicing", "runtime.geometry", "runtime.prompt"} <= set(modules)
-    loaded = loaded_by("runtime", *modules)
-    assert "runtime" in loaded
+    modules = [m.name for m in pkgutil.walk_packages(runtime.__path__, "uhd_export.runtime.")]
+    assert {
+        "uhd_export.runtime.image.slicing",
+        "uhd_export.runtime.image.geometry",
+        "uhd_export.runtime.language.prompt",
+    } <= set(modules)
+    loaded = loaded_by("uhd_export.runtime", *modules)
+    assert "uhd_export" in loaded
     assert not loaded & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["cli"])
+@pytest.mark.parametrize("module", ["uhd_export.cli.main"])
 def test_the_command_line_starts_light(module):
     assert not loaded_by(module) & {*HEAVY, "numpy", "onnxruntime", "PIL"}
 

@@ -12,25 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from plugins.graph import GraphBuilder
-from runtime.errors import UhdError
-from runtime.shapes import LanguageShape
-from uhd_export.int4 import (
-    ByName,
-    GptqCheckpoint,
-    GptqWeights,
-    Int4Dequantize,
-    MatMulNBits,
-    QuantizedWeight,
-    RoundedWeights,
-    check_group,
-    largest_group,
-    open_checkpoint,
-    round_to_nearest,
-)
-from uhd_export.int4.words import group_order, pack_gptq, unpack_gptq
-from uhd_export.language import SelfAttention
-from uhd_export.linear import Dense, Linear, TensorSource
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
+from uhd_export.checkpoint.int4.linears import largest_group
+from uhd_export.checkpoint.int4.weight import QuantizedWeight, check_group, round_to_nearest
+from uhd_export.checkpoint.int4.words import group_order, pack_gptq, unpack_gptq
+from uhd_export.graph.int4.formats import ByName, GptqWeights, Int4Dequantize, MatMulNBits, RoundedWeights
+from uhd_export.graph.linear import Dense, Linear, TensorSource
+from uhd_export.model.language import SelfAttention
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
 
 
 @st.composite
@@ -128,7 +119,7 @@ class _Fixed:
         self.weight = weight
 
     def describe(self, linear):
-        from uhd_export.int4.formats import Description
+        from uhd_export.graph.int4.formats import Description
 
         return Description(self.weight.bits, self.weight.group, self.weight.symmetric, self.weight.order)
 

@@ -9,24 +9,21 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from calibration.command import quantize
-from cli import main
-from runtime.errors import UhdError
-from runtime.manifest import QUALITY, FileRecord, read_manifest
-from runtime.quality_report import print_quality
-from uhd_export.build import build_bundle
-from uhd_export.check import check_bundle
-from uhd_export.checkpoint import Checkpoint, read_config
-from uhd_export.int4 import (
-    QuantizedWeight,
-    WeightOptions,
-    as_stored,
-    linear_shapes,
-    open_checkpoint,
-    resolve,
-    round_to_nearest,
-)
-from uhd_export.int4.words import pack_gptq
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.check import check_bundle
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.int4.gptq import open_checkpoint
+from uhd_export.checkpoint.int4.linears import linear_shapes
+from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
+from uhd_export.checkpoint.int4.words import pack_gptq
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.cli.main import main
+from uhd_export.cli.quantize import quantize
+from uhd_export.graph.int4.choose import WeightOptions, resolve
+from uhd_export.graph.int4.view import as_stored
+from uhd_export.runtime.bundle.manifest import QUALITY, FileRecord, read_manifest
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.terminal.quality_report import print_quality
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +197,7 @@ def test_the_quality_report_goes_along_and_is_printed(plain, tmp_path):
 def calibrated(monkeypatch):
     """What `build` would have quantized: source, output, settings."""
     calls = []
-    monkeypatch.setattr("calibration.command._quantize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("uhd_export.cli.quantize._quantize", lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -265,7 +262,7 @@ def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, t
 
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("calibration.command._quantize", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("uhd_export.cli.quantize._quantize", lambda *arguments: seen.append(arguments))
     arguments = [
         "nano",
         "-o",

@@ -3,10 +3,10 @@ import torch
 from conftest import assert_close, golden_tensors
 from golden import recipe
 
-from plugins.jbu.reference import FIXUP, spatial_kernel
-from runtime.geometry import crop_geometry
-from runtime.pixels import normalise
-from uhd_export.jbu import JbuStack
+from uhd_export.model.jbu import JbuStack
+from uhd_export.plugins.jbu.reference import FIXUP, spatial_kernel
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.pixels import normalise
 
 PREFIX = "model.mm_projector.upsampler.upsampler."
 CHANNELS = 64

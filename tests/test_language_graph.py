@@ -16,13 +16,13 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 from tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
-from runtime.decoder import SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX
-from runtime.errors import UhdError
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.language import rotary_tables
-from uhd_export.language_dialects import DIALECTS, rotary_cache
-from uhd_export.language_graph import emit_language
-from uhd_export.linear import Dense
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.dialects import DIALECTS, rotary_cache
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.linear import Dense
+from uhd_export.model.language import rotary_tables
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.decoder import SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX
 
 TOLERANCE = {"float32": 5e-6, "float16": 4e-3}
 

@@ -3,8 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import UhdError
-from runtime.layout import LAYOUTS, Separators, indicator_tokens, layout_indices, visual_token_count
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import (
+    LAYOUTS,
+    Separators,
+    indicator_tokens,
+    layout_indices,
+    visual_token_count,
+)
 
 grids = st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9)))
 layouts = st.sampled_from(LAYOUTS)

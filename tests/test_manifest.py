@@ -5,25 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import typed_json
-from runtime.errors import UhdError
-from runtime.integrity import hash_file, verify_files
-from runtime.layout import Separators
-from runtime.manifest import (
+from uhd_export.runtime import typed_json
+from uhd_export.runtime.bundle.integrity import hash_file, verify_files
+from uhd_export.runtime.bundle.manifest import (
     MANIFEST,
     FileRecord,
-    LanguageShape,
     Manifest,
-    ModelShape,
     Parity,
     Precision,
-    ProjectorShape,
-    RunConfig,
     Source,
-    VisionShape,
     read_manifest,
     write_manifest,
 )
+from uhd_export.runtime.config import LanguageShape, ModelShape, ProjectorShape, VisionShape
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import Separators
+from uhd_export.runtime.settings import RunConfig
 
 FILES = {"embeddings.npy": b"rows", "tokenizer.json": b"{}", "vision.onnx": b"graph" * 100}
 
@@ -62,7 +59,7 @@ def bundle(tmp_path):
 
 def edit(folder, change, *, keep_digest=False):
     """Change the JSON; with `keep_digest` false the digest is made to fit again."""
-    from runtime.manifest import _digest
+    from uhd_export.runtime.bundle.manifest import _digest
 
     record = json.loads((folder / MANIFEST).read_text())
     change(record)

@@ -7,10 +7,10 @@ import torch
 from conftest import GOLDEN, assert_close, golden_tensors
 from golden import recipe
 
-from runtime.errors import UhdError
-from runtime.prompt import IMAGE_ID
 from uhd_export import load_model
-from uhd_export.nano import checkpoint_path
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.prompt import IMAGE_ID
 
 IMAGES = {"main": (1008, 672, 0), "noslice": (500, 120, 5)}
 CASES = [(layout, case) for layout in ("flat", "merged") for case in IMAGES]
@@ -99,7 +99,7 @@ def test_generation_stops_at_end_of_text(golden_model, monkeypatch):
 
 
 def test_the_embedded_model_is_loaded_by_name():
-    assert load_model("nano").folder == checkpoint_path()
+    assert load_model("nano").folder == EMBEDDED
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.prompt import FOLLOW_UPS, IMAGE_ID, encode, render
 from uhd_export import load_model
-from uhd_export.nano import cards, checkpoint_path, font
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.nano import cards, font
 from uhd_export.nano.architecture import fresh_vision, typed_config
 from uhd_export.nano.evaluate import EvalResult, evaluate, held_out_question
 from uhd_export.nano.reference import model_answer
@@ -20,14 +21,14 @@ from uhd_export.nano.samples import SAMPLE_SEED
 from uhd_export.nano.tokenizer import build_tokenizer
 from uhd_export.nano.train_vision import crop_tokens, geometry_of, to_batch
 from uhd_export.nano.windows import image_crops, packed_slice
-from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.runtime.language.prompt import FOLLOW_UPS, IMAGE_ID, encode, render
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(checkpoint_path())
+    return load_model(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +122,9 @@ def test_training_forward_equals_the_model():
 
 
 def test_checkpoint_is_small_and_complete(model):
-    files = [path for path in checkpoint_path().rglob("*") if path.is_file()]
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8 * 2**20
-    assert {str(path.relative_to(checkpoint_path())) for path in files} == {
+    assert {str(path.relative_to(EMBEDDED)) for path in files} == {
         "config.json",
         "tokenizer.json",
         "model.safetensors",
@@ -182,5 +183,5 @@ def test_it_reads_the_samples(model):
 
 
 def test_it_cannot_read_without_slices():
-    result = evaluate(model_answer(load_model(checkpoint_path(), max_slices=1)), count=10)
+    result = evaluate(model_answer(load_model(EMBEDDED, max_slices=1)), count=10)
     assert result.exact <= 2

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from runtime import Pipeline
-from runtime.detokenize import Detokenizer
-from runtime.embeddings import EmbeddingTable
-from runtime.errors import UhdError
-from runtime.prompt import IMAGE_ID
-from runtime.sequence import PromptSequence
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.detokenizer import Detokenizer
+from uhd_export.runtime.language.embeddings import EmbeddingTable
+from uhd_export.runtime.language.prompt import IMAGE_ID
+from uhd_export.runtime.language.sequence import PromptSequence
 
 MAIN, NO_SLICE = (1008, 672, 0), (500, 120, 5)
 SMALL = recipe.image(500, 120, 5)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime.errors import UhdError
-from runtime.pixels import cut, normalise, open_image, source_size
-from runtime.slicing import plan_slices
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.pixels import cut, normalise, open_image, source_size
+from uhd_export.runtime.image.slicing import plan_slices
 
 
 def sha256(array) -> str:

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from golden import recipe
 from PIL import Image
 
-import cli
-from cli import STOPPED, OneLineErrors, main
-from runtime.errors import UhdError, explain
-from runtime.report import describe_plan
-from runtime.slicing import plan_slices
+from uhd_export.cli import main as cli
+from uhd_export.cli.main import STOPPED, OneLineErrors, main
+from uhd_export.runtime.errors import UhdError, explain
+from uhd_export.runtime.image.slicing import plan_slices
+from uhd_export.runtime.terminal.report import describe_plan
 
 
 def run(*arguments, group=main):
@@ -157,7 +157,7 @@ def test_defects_of_the_program_keep_their_traceback():
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and "please report it (ZeroDivisionError: oops)" in result.stderr
     assert explain(ZeroDivisionError()) is None
-    assert explain(ModuleNotFoundError("No module named 'runtime.gone'", name="runtime.gone")) is None
+    assert explain(ModuleNotFoundError("No module named 'uhd_export.gone'", name="uhd_export.gone")) is None
 
 
 def test_help_without_a_command():
@@ -173,7 +173,7 @@ def test_interrupt_of_the_real_process_ends_with_130(tmp_path):
     """A command that waits, interrupted as the terminal would do it, in code that replaces the exception."""
     script = tmp_path / "wait.py"
     script.write_text(
-        "import time\nfrom cli import main\n\n@main.command()\ndef wait():\n"
+        "import time\nfrom uhd_export.cli.main import main\n\n@main.command()\ndef wait():\n"
         "    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n        raise ValueError('lost') from None\n\nmain(['wait'])\n"
     )
@@ -193,8 +193,10 @@ def test_interrupt_of_the_real_process_ends_with_130(tmp_path):
 
 
 def test_ctrl_c_ends_a_terminals_line(monkeypatch):
-    monkeypatch.setattr("cli.sys.stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
-    monkeypatch.setattr("cli.sys.exit", lambda code: None)
+    monkeypatch.setattr(
+        "uhd_export.cli.main.sys.stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    )
+    monkeypatch.setattr("uhd_export.cli.main.sys.exit", lambda code: None)
     failing(KeyboardInterrupt()).main(["fail"])
     assert cli.sys.stderr.getvalue() == f"\nerror: {STOPPED}\n"
 
@@ -235,7 +237,7 @@ def test_an_error_of_our_own_after_an_interrupt_has_its_own_reason():
 
 def test_plan_loads_no_torch():
     code = (
-        "import sys\nfrom cli import main\n"
+        "import sys\nfrom uhd_export.cli.main import main\n"
         "try:\n    main(['plan', '1008x672'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from plugins import compile as aot
-from plugins.jbu import launch as jbu
-from runtime.errors import UhdError
+from uhd_export.plugins.compile import compiler as aot
+from uhd_export.plugins.compile import report
+from uhd_export.plugins.jbu import launch as jbu
+from uhd_export.runtime.errors import UhdError
 
 # Most dynamic shared memory of a block, in bytes, by compute capability (CUDA programming guide).
 SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -18,12 +19,12 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 1
 
 def small_request(capability=89, **changes):
     launches, _ = jbu.plan(1, 4, 4, 16, "float16")
-    request = aot.Request.of("jbu", launches[0], aot.types(launches[0].tensors, "float16"), capability)
+    request = aot.Request.of("jbu", launches[0], report.types(launches[0].tensors, "float16"), capability)
     return dataclasses.replace(request, **changes)
 
 
 def test_every_kernel_compiles_for_every_target_at_real_size():
-    rows = aot.report(["float16"])
+    rows = report.report(["float16"])
     assert {row["sm"] for row in rows} == set(aot.TARGETS)
     assert {row["kernel"] for row in rows} == {
         "range_features",
@@ -43,13 +44,13 @@ def test_every_kernel_compiles_for_every_target_at_real_size():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_other_types_fit_small_gpus(dtype):
-    assert all(row["shared"] <= SHARED[89] for row in aot.report([dtype], [89]))
+    assert all(row["shared"] <= SHARED[89] for row in report.report([dtype], [89]))
 
 
 def test_channel_loops_move_16_bytes_at_a_time():
-    for op, launches in aot.real_size("float16").items():
+    for op, launches in report.real_size("float16").items():
         for launch in launches:
-            request = aot.Request.of(op, launch, aot.types(launch.tensors, "float16"), 89)
+            request = aot.Request.of(op, launch, report.types(launch.tensors, "float16"), 89)
             (kernel,) = aot.compile_kernels([request])
             copies = re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10\b", kernel.ptx)
             assert launch.kernel == "range_features" or len(copies) >= 2, launch.kernel
@@ -78,7 +79,8 @@ def test_results_are_kept_and_follow_the_source(tmp_path, monkeypatch):
 def test_key_follows_the_kernel_source(tmp_path, monkeypatch):
     key = small_request().key()
     (tmp_path / "jbu").mkdir()
-    for name in ("tiles.py", "compile_worker.py", "jbu/kernel.py"):
+    (tmp_path / "compile").mkdir()
+    for name in ("tiles.py", "compile/worker.py", "jbu/kernel.py"):
         (tmp_path / name).write_bytes((aot.FOLDER / name).read_bytes())
     monkeypatch.setattr(aot, "FOLDER", tmp_path)
     assert small_request().key() == key
@@ -106,6 +108,15 @@ def test_without_triton(monkeypatch):
 
 
 def test_command_prints_json():
-    command = [sys.executable, "-m", "plugins.compile", "--dtype", "float16", "--target", "89", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "uhd_export.plugins.compile",
+        "--dtype",
+        "float16",
+        "--target",
+        "89",
+        "--json",
+    ]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert rows == aot.report(["float16"], [89])
+    assert rows == report.report(["float16"], [89])

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.jbu import torch_op as jbu
-from plugins.jbu.launch import INPUTS
-from plugins.window_attention import torch_op as window
-from plugins.window_attention.launch import LevelShape, plan, reach
-from plugins.window_attention.reference import Level
-from runtime.errors import UhdError
-from runtime.geometry import GRID_MODES, bicubic, crop_geometry, reflect_pad, roi_align
+from uhd_export.plugins.jbu import torch_op as jbu
+from uhd_export.plugins.jbu.launch import INPUTS
+from uhd_export.plugins.window_attention import torch_op as window
+from uhd_export.plugins.window_attention.launch import LevelShape, plan, reach
+from uhd_export.plugins.window_attention.reference import Level
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import GRID_MODES, bicubic, crop_geometry, reflect_pad, roi_align
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = {torch.float16: 1e-3, torch.bfloat16: 6e-3}

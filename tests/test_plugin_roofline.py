@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins import roofline
-from plugins.roofline import Device, Work, jbu_work, note, window_work
-from plugins.window_attention.launch import LevelShape
+from uhd_export.plugins import roofline
+from uhd_export.plugins.roofline import Device, Work, jbu_work, note, window_work
+from uhd_export.plugins.window_attention.launch import LevelShape
 
 
 def test_jbu_by_hand():

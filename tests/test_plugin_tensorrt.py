@@ -11,21 +11,22 @@ import pytest
 import torch
 from test_plugin_kernels import jbu_inputs, window_inputs
 
-from plugins import driver as gpu
-from plugins import tensorrt_common, torch_launch
-from plugins.graph import GraphBuilder
-from plugins.jbu import kernel as jbu_kernel
-from plugins.jbu.onnx_op import add_jbu
-from plugins.jbu.torch_op import jbu
-from plugins.launch import Launch
-from plugins.tensorrt_plugin import VERSION, plugin_errors, register_plugins
-from plugins.window_attention import kernel as window_kernel
-from plugins.window_attention.launch import inputs as window_names
-from plugins.window_attention.onnx_op import add_window_attention
-from plugins.window_attention.reference import Level
-from plugins.window_attention.torch_op import window_attention
-from runtime.errors import UhdError
-from runtime.tensorrt_backend import logger, messages, open_tensorrt
+from uhd_export.plugins import torch_launch
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.plugins.jbu import kernel as jbu_kernel
+from uhd_export.plugins.jbu.onnx_op import add_jbu
+from uhd_export.plugins.jbu.torch_op import jbu
+from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.tensorrt import driver as gpu
+from uhd_export.plugins.tensorrt import runner
+from uhd_export.plugins.tensorrt.plugin import VERSION, plugin_errors, register_plugins
+from uhd_export.plugins.window_attention import kernel as window_kernel
+from uhd_export.plugins.window_attention.launch import inputs as window_names
+from uhd_export.plugins.window_attention.onnx_op import add_window_attention
+from uhd_export.plugins.window_attention.reference import Level
+from uhd_export.plugins.window_attention.torch_op import window_attention
+from uhd_export.runtime.engines.tensorrt.backend import logger, messages, open_tensorrt
+from uhd_export.runtime.errors import UhdError
 
 KINDS = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 CHANNELS = 16
@@ -127,7 +128,7 @@ def packed_kernels(engine):
     start = engine.find(b"\x78\xda")
     while start >= 0:
         try:
-            return tensorrt_common.unpack(np.frombuffer(engine[start:], np.int8))
+            return runner.unpack(np.frombuffer(engine[start:], np.int8))
         except UhdError:
             start = engine.find(b"\x78\xda", start + 1)
     raise AssertionError("no kernels in the engine")
@@ -256,7 +257,7 @@ def test_jbu_enqueue_computes_the_reference(trt, monkeypatch):
     tensors = [types.SimpleNamespace(desc=types.SimpleNamespace(type=trt.float32), max=s) for s in shapes]
     workspace = torch.zeros(built.get_workspace_size(tensors, []) // 4)
     driver = InterpretingDriver(plugin.kernels, [*inputs, output, workspace])
-    monkeypatch.setattr(tensorrt_common, "open_driver", lambda: driver)
+    monkeypatch.setattr(runner, "open_driver", lambda: driver)
     for _ in range(2):
         enqueue(trt, plugin, driver, inputs, [output], workspace)
     assert driver.launches == 2 * ["range_features", "jbu_stage"] and driver.loaded == 2
@@ -272,7 +273,7 @@ def test_a_plugin_runs_while_its_engine_is_built(trt, monkeypatch):
     driver.load = lambda ptx, name, shared: json.loads(
         next(key for key, kernel in building.kernels.items() if kernel["ptx"] == ptx)
     )
-    monkeypatch.setattr(tensorrt_common, "open_driver", lambda: driver)
+    monkeypatch.setattr(runner, "open_driver", lambda: driver)
     enqueue(trt, building.attach_to_context(None), driver, inputs, [output], workspace)
     torch.testing.assert_close(output, jbu(*inputs), atol=1e-4, rtol=1e-4)
 
@@ -286,7 +287,7 @@ def test_window_attention_enqueue_computes_the_reference(trt, monkeypatch):
     tensors = [types.SimpleNamespace(desc=types.SimpleNamespace(type=trt.float32), max=s) for s in shapes]
     workspace = torch.zeros(built.get_workspace_size(tensors, []) // 4)
     driver = InterpretingDriver(plugin.kernels, [*inputs, *outputs, workspace])
-    monkeypatch.setattr(tensorrt_common, "open_driver", lambda: driver)
+    monkeypatch.setattr(runner, "open_driver", lambda: driver)
     enqueue(trt, plugin, driver, inputs, outputs, workspace)
     for actual, wanted in zip(outputs, expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
@@ -297,7 +298,7 @@ def test_other_gpu_and_other_shapes_are_refused(trt, monkeypatch):
     output, shapes = torch.zeros(1, 4, 4, CHANNELS), [tuple(t.shape) for t in inputs]
     _, plugin = plugin_on_device(trt, "JBU", {}, shapes, shapes)
     driver = InterpretingDriver(plugin.kernels, [], capability=120)
-    monkeypatch.setattr(tensorrt_common, "open_driver", lambda: driver)
+    monkeypatch.setattr(runner, "open_driver", lambda: driver)
     with (
         pytest.raises(UhdError, match=r"capability 12\.0, the engine's kernels are for 8\.9"),
         plugin_errors(),
@@ -359,7 +360,7 @@ def test_capability_without_kernels_is_refused(trt):
 
 def test_the_device_needs_neither_triton_nor_pytorch():
     code = (
-        "import sys, plugins.tensorrt_plugin; from plugins.tensorrt_common import operators; operators(); "
+        "import sys, uhd_export.plugins.tensorrt.plugin, uhd_export.plugins.operators as o; o.operators(); "
         "print([m for m in ('torch', 'triton', 'onnx', 'click', 'cuda') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -368,9 +369,9 @@ def test_the_device_needs_neither_triton_nor_pytorch():
 
 def test_fields_that_are_not_ours_are_refused():
     with pytest.raises(UhdError, match="build it again"):
-        tensorrt_common.unpack(np.zeros(9, np.int8))
+        runner.unpack(np.zeros(9, np.int8))
     with pytest.raises(UhdError, match="build it again"):
-        tensorrt_common.unpack(None)
+        runner.unpack(None)
 
 
 class FakeApi:

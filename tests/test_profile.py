@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from runtime import Pipeline, memory
-from runtime.errors import UhdError
-from runtime.flops import keys_per_window
-from runtime.memory import available_memory, peak_apart, peak_memory
-from runtime.pattern import pattern
-from runtime.profile_report import PAPER, describe_profile, print_profile
-from runtime.profiler import EngineMemory, Spread, StageProfile, profile_pipeline, steps
-from runtime.stages import stage_shares, vision_shares
+from uhd_export.runtime import Pipeline, memory
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.pattern import pattern
+from uhd_export.runtime.memory import available_memory, peak_apart, peak_memory
+from uhd_export.runtime.profiling.costs import keys_per_window
+from uhd_export.runtime.profiling.profiler import EngineMemory, Spread, StageProfile, profile_pipeline, steps
+from uhd_export.runtime.profiling.stages import stage_shares, vision_shares
+from uhd_export.runtime.terminal.profile_report import PAPER, describe_profile, print_profile
 
 PARTS = ["vit", "jbu", "hiwin"]
 STAGES = ["pixels", "vision", *PARTS, "prefill", "decode"]
@@ -129,7 +129,8 @@ def test_shares_of_a_real_trace(pipeline, golden_bundle):
 def test_several_traced_runs_count(golden_bundle, pipeline, monkeypatch):
     traces = []
     monkeypatch.setattr(
-        "runtime.stages.stage_shares", lambda events, runs: traces.append((events, runs)) or {}
+        "uhd_export.runtime.profiling.stages.stage_shares",
+        lambda events, runs: traces.append((events, runs)) or {},
     )
     picture = pipeline.picture(pattern(200, 200))
     crop = np.zeros((336, 336, 3), np.uint8)
@@ -202,7 +203,7 @@ def test_peak_of_another_process(monkeypatch):
 
 
 def test_peaks_are_left_out_where_another_copy_does_not_fit(pipeline, monkeypatch):
-    monkeypatch.setattr("runtime.profiler.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("uhd_export.runtime.profiling.profiler.available_memory", lambda: 1 << 20)
     profile = profile_pipeline(pipeline, (200, 200), grids=["fix"], repeats=1, new_tokens=1)
     assert profile.modes[0].peak_bytes is None
     assert "not taken" in printed(profile) and "process of its own" not in printed(profile)

@@ -4,10 +4,10 @@ import torch
 from conftest import GOLDEN, TOLERANCE, assert_close, golden_tensors
 from golden import recipe
 
-from runtime.geometry import crop_geometry
-from runtime.pixels import cut, normalise, open_image
-from runtime.shapes import ProjectorShape
-from uhd_export.projector import HiwinProjector
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.runtime.config import ProjectorShape
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.pixels import cut, normalise, open_image
 
 IMAGES = {"main": (1008, 672, 0), "wide": (500, 120, 5)}
 WINDOWS = [0, 1, 77, 143]

@@ -2,8 +2,16 @@ import pytest
 from conftest import golden_json
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from runtime.errors import UhdError
-from runtime.prompt import FOLLOW_UPS, IMAGE, IMAGE_ID, TEMPLATES, encode, load_tokenizer, render
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.prompt import (
+    FOLLOW_UPS,
+    IMAGE,
+    IMAGE_ID,
+    TEMPLATES,
+    encode,
+    load_tokenizer,
+    render,
+)
 
 QUESTION = "What is shown in this image? Answer briefly."
 

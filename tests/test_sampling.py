@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime.errors import UhdError
-from runtime.sampling import Sampling, greedy, probabilities, sample
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.sampling import Sampling, greedy, probabilities, sample
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32))
 TEMPERATURES = st.floats(0.05, 5)

@@ -5,9 +5,9 @@ from conftest import golden_json
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from runtime.errors import UhdError
-from runtime.layout import Separators, indicator_tokens
-from runtime.slicing import plan_slices
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import Separators, indicator_tokens
+from uhd_export.runtime.image.slicing import plan_slices
 
 VARIANTS = {
     "none": {},

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-import uhd_export.staging as staging
-from runtime.errors import UhdError
-from runtime.manifest import MANIFEST
-from uhd_export.staging import staged_folder
+import uhd_export.bundle.staging as staging
+from uhd_export.bundle.staging import staged_folder
+from uhd_export.runtime.bundle.manifest import MANIFEST
+from uhd_export.runtime.errors import UhdError
 
 
 def write(out, **options):

@@ -13,20 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_language import CONTEXT, reader, tiny_model
 
-from plugins.graph import GraphBuilder
-from runtime.errors import UhdError
-from runtime.geometry import GRID_MODES, crop_geometry
-from runtime.slicing import plan_slices
-from runtime.tensorrt_record import Profile, Range, read_record, record_path
 from uhd_export import tensorrt
-from uhd_export.checkpoint import Checkpoint, read_config
-from uhd_export.int4.formats import Int4Dequantize, RoundedWeights
-from uhd_export.language_graph import emit_language
-from uhd_export.nano import checkpoint_path
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.graph.int4.formats import Int4Dequantize, RoundedWeights
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.vision import emit_vision
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.runtime.engines.tensorrt.record import Profile, Range, read_record, record_path
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import GRID_MODES, crop_geometry
+from uhd_export.runtime.image.slicing import plan_slices
 from uhd_export.tensorrt import EngineOptions, build_engine, cached_engine, language_profiles, vision_profiles
 from uhd_export.tensorrt.network import load_graph
 from uhd_export.tensorrt.progress import Phases
-from uhd_export.vision_graph import emit_vision
 
 pytest.importorskip("tensorrt_rtx")
 ADA = EngineOptions(compute_capabilities=("8.9",), plugins=False)
@@ -108,7 +109,7 @@ def test_bands_are_tight_around_their_crops(golden_model):
 @pytest.fixture(scope="module")
 def nano_graph(tmp_path_factory):
     """The embedded model's vision graph in float16, and its configuration."""
-    folder = checkpoint_path()
+    folder = EMBEDDED
     path = tmp_path_factory.mktemp("nano") / "vision.onnx"
     checkpoint, config = Checkpoint(folder), read_config(folder)
     emit_vision(config, checkpoint, path, dtype="float16")

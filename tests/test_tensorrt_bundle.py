@@ -10,20 +10,23 @@ from golden import recipe
 from PIL import Image
 from test_tensorrt_engine import quiet_logger, record_of
 
-import uhd_export.build as build
-import uhd_export.engines as engines
-from cli import main
-from runtime import Pipeline, tensorrt_backend, tensorrt_engine
-from runtime.bundle_report import describe_engines
-from runtime.errors import UhdError
-from runtime.manifest import read_manifest
-from runtime.tensorrt_engine import TensorrtEngine
-from uhd_export.build import build_bundle
-from uhd_export.check import check_bundle
-from uhd_export.checkpoint import Checkpoint, read_config
-from uhd_export.language_graph import emit_language
+import uhd_export.bundle.build as build
+import uhd_export.tensorrt.engines as engines
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.check import check_bundle
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.cli.main import main
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.vision import emit_vision
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.bundle.manifest import read_manifest
+from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
+from uhd_export.runtime.engines.tensorrt import engine as tensorrt_engine
+from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.terminal.bundle_report import describe_engines
 from uhd_export.tensorrt import language_profiles, vision_profiles
-from uhd_export.vision_graph import emit_vision
 
 pytest.importorskip("tensorrt_rtx")
 CONTEXT = 1200

@@ -13,22 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_language import CONTEXT, difference, embeddings, reader, reference, tiny_model
 
-from runtime import tensorrt_backend, tensorrt_cuda, tensorrt_engine, tensorrt_memory
-from runtime.decoder import Decoder
-from runtime.engine import open_engine
-from runtime.errors import UhdError
-from runtime.geometry import crop_geometry
-from runtime.layout import LAYOUTS, Separators, layout_indices
-from runtime.sequence import place
-from runtime.stages import vision_shares
-from runtime.tensorrt_engine import TensorrtEngine
-from runtime.tensorrt_memory import DeviceArray
-from runtime.tensorrt_record import RECORD_VERSION, EngineRecord, plan_memory
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.language_graph import emit_language
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.vision import emit_vision
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
+from uhd_export.runtime.engines.tensorrt import cuda as tensorrt_cuda
+from uhd_export.runtime.engines.tensorrt import engine as tensorrt_engine
+from uhd_export.runtime.engines.tensorrt import memory as tensorrt_memory
+from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
+from uhd_export.runtime.engines.tensorrt.memory import DeviceArray
+from uhd_export.runtime.engines.tensorrt.record import RECORD_VERSION, EngineRecord, plan_memory
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.layout import LAYOUTS, Separators, layout_indices
+from uhd_export.runtime.language.decoder import Decoder
+from uhd_export.runtime.language.sequence import place
+from uhd_export.runtime.profiling.stages import vision_shares
 from uhd_export.tensorrt import language_profiles, vision_profiles
 from uhd_export.tensorrt.network import load_graph, parse
-from uhd_export.vision_graph import emit_vision
 
 trt = pytest.importorskip("tensorrt_rtx")
 TINY = ("qwen2", 4, 2, True)
@@ -351,7 +354,8 @@ def test_memory_is_planned_without_a_gpu(language, vision):
 
 
 def test_the_device_needs_neither_torch_nor_triton():
-    modules = "runtime.pipeline, runtime.tensorrt_engine, plugins.tensorrt_plugin"
+    names = ("runtime.pipeline", "runtime.engines.tensorrt.engine", "plugins.tensorrt.plugin")
+    modules = ", ".join(f"uhd_export.{name}" for name in names)
     script = f"import sys, {modules}; print({{'torch', 'triton', 'onnx'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

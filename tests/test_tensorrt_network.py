@@ -7,20 +7,20 @@ import pytest
 from tensorrt_interpreter import Interpreter
 from tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
-from plugins.graph import GraphBuilder
-from plugins.jbu import torch_op as jbu
-from plugins.tensorrt_plugin import register_plugins
-from plugins.window_attention import torch_op as window
-from runtime import tensorrt_backend
-from runtime.decoder import Decoder
-from runtime.engine import open_engine
-from runtime.geometry import crop_geometry
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.int4.formats import Int4Dequantize, RoundedWeights
-from uhd_export.language_graph import emit_language
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.int4.formats import Int4Dequantize, RoundedWeights
+from uhd_export.graph.language import emit_language
+from uhd_export.graph.vision import emit_vision
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.plugins.jbu import torch_op as jbu
+from uhd_export.plugins.tensorrt.plugin import register_plugins
+from uhd_export.plugins.window_attention import torch_op as window
+from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.tensorrt import language_profiles, vision_profiles
 from uhd_export.tensorrt.network import load_graph, parse
-from uhd_export.vision_graph import emit_vision
 
 trt = pytest.importorskip("tensorrt_rtx")
 

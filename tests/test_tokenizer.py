@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
-from runtime.errors import UhdError
-from runtime.prompt import IMAGE_ID, encode
-from uhd_export.tokenizer import checkpoint_tokenizer
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.prompt import IMAGE_ID, encode
 
 WORDS = [
     *("the", "code", "on", "red", "green", "blue", "card", "answer", "question", "slice", "overview"),

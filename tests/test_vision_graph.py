@@ -11,10 +11,10 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.graph import PLUGIN_DOMAIN
-from runtime.geometry import crop_geometry
-from uhd_export.checkpoint import Checkpoint
-from uhd_export.vision_graph import emit_vision
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.vision import emit_vision
+from uhd_export.plugins.graph import PLUGIN_DOMAIN
+from uhd_export.runtime.image.geometry import crop_geometry
 
 RELATIVE = 1e-3
 

@@ -3,10 +3,11 @@ import torch
 from conftest import assert_close, golden_tensors
 from golden import recipe
 
-from runtime.geometry import crop_geometry
-from runtime.pixels import normalise
-from uhd_export.checkpoint import VISION_PREFIX, Checkpoint, read_config
-from uhd_export.vit import VisionTower
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.reader import VISION_PREFIX, Checkpoint
+from uhd_export.model.vit import VisionTower
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.pixels import normalise
 
 CROPS = [((24, 24), 1), ((19, 29), 2), ((29, 19), 3), ((17, 33), 4)]
 

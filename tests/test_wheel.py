@@ -26,15 +26,20 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_every_file_of_the_packages_is_in_the_wheel(wheel):
-    files = (path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file())
-    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
-    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert shipped == expected | {"cli.py"}
+    expected = set()
+    for room in PACKAGES:
+        inside = ROOT if room == "uhd_export" else ROOT / "uhd_export"
+        files = (
+            path for path in (ROOT / room).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        )
+        names = (path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts)
+        expected |= {(inside / name).relative_to(ROOT).as_posix() for name in names}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
 def test_the_wheel_installs_the_command(wheel):
     info = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "uhd-export = cli:main" in wheel.read(info).decode()
+    assert "uhd-export = uhd_export.cli.main:main" in wheel.read(info).decode()
 
 
 def test_the_runtime_needs_no_export_extra(wheel):

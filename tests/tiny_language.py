@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import torch
 
-from runtime.shapes import LanguageShape
-from uhd_export.language import LanguageModel
+from uhd_export.model.language import LanguageModel
+from uhd_export.runtime.config import LanguageShape
 
 # (kind, heads, kv_heads, tied): full attention, grouped with biases and a tied head, one shared head.
 MODELS = [("llama", 4, 4, False), ("qwen2", 4, 2, True), ("llama", 4, 1, False)]

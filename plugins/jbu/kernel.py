@@ -19,7 +19,7 @@ Neither the upsampled map nor the 49-channel kernels reach memory. Names of axes
 Similarities, softmax and normalisation are float32 whatever the data type, with tf32 products for half
 types; the fix-up and the composition multiply in the data type. All products accumulate in float32.
 
-Roofline (`plugins.roofline`), both stages of one 1008x672 image at ViT-L size in float16:
+Roofline (`uhd_export.plugins.roofline`), both stages of one 1008x672 image at ViT-L size in float16:
 206 MB and 10.3 GFLOP; floors: H200 0.04 ms, RTX 4090 0.21 ms, Jetson AGX Orin 1.03 ms.
 Where the kernels stand: not measured. The gather itself multiplies 2.6 times the 49 taps' FLOPs.
 """
@@ -29,7 +29,7 @@ Where the kernels stand: not measured. The gather itself multiplies 2.6 times th
 import triton
 import triton.language as tl
 
-from plugins.tiles import gelu, multiply, narrow
+from uhd_export.plugins.tiles import gelu, multiply, narrow
 
 TALL = tl.constexpr(4)  # rows of a tile
 BROAD = tl.constexpr(16)  # columns of a tile

@@ -1,6 +1,6 @@
 """Launch plan of one JBU stage: tile sizes and grid from shapes alone."""
 
-from plugins.launch import Launch, Scratch, power_of_two
+from uhd_export.plugins.launch import Launch, Scratch, power_of_two
 
 TALL, BROAD = 4, 16  # an output tile, as in the kernel
 RANGE = 32  # channels of the range features

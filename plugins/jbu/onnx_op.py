@@ -3,9 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
-from plugins.graph import PLUGIN_DOMAIN, GraphBuilder
-from plugins.jbu.launch import INPUTS
-from plugins.jbu.reference import FIXUP, KERNEL, RADIUS
+from uhd_export.plugins.graph import PLUGIN_DOMAIN, GraphBuilder
+from uhd_export.plugins.jbu.launch import INPUTS
+from uhd_export.plugins.jbu.reference import FIXUP, KERNEL, RADIUS
 
 TILE = 8
 HALO = TILE + 2 * RADIUS

@@ -2,9 +2,9 @@
 
 import torch
 
-from plugins.jbu.launch import INPUTS, OUTPUTS, plan
-from plugins.jbu.reference import apply_kernels, stage_kernels
-from plugins.jbu.tensorrt_plugin import JbuOperator
+from uhd_export.plugins.jbu.launch import INPUTS, OUTPUTS, plan
+from uhd_export.plugins.jbu.operator import JbuOperator
+from uhd_export.plugins.jbu.reference import apply_kernels, stage_kernels
 
 
 def reference(
@@ -26,8 +26,9 @@ def reference(
     """One JBU stage: `source` (B, h, w, C) and `guidance` (B, 2h, 2w, 3) to (B, 2h, 2w, C).
 
     Weights are (in, out); `upsample_y` (2h + 6, h) and `upsample_x` (2w + 6, w) hold bicubic doubling
-    with reflect padding, as `runtime.geometry` computes them. Data in float32, float16 or bfloat16.
-    This is `plugins.jbu.reference`, with the inputs of the operator; `torch.ops.uhd.jbu` takes the same.
+    with reflect padding, as `uhd_export.runtime.image.geometry` computes them. Data in float32, float16 or
+    bfloat16. This is `uhd_export.plugins.jbu.reference`, with the inputs of the operator;
+    `torch.ops.uhd.jbu` takes the same.
     """
     kernels = stage_kernels(
         guidance,
@@ -53,8 +54,8 @@ def _(source: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
 @jbu.register_kernel("cuda")
 def launch(*inputs: torch.Tensor) -> torch.Tensor:
     """Run the Triton kernels; on a CPU only under TRITON_INTERPRET=1. Raises UhdError for unfit inputs."""
-    from plugins.jbu import kernel
-    from plugins.torch_launch import DTYPES, check, run
+    from uhd_export.plugins.jbu import kernel
+    from uhd_export.plugins.torch_launch import DTYPES, check, run
 
     check(JbuOperator(), {}, inputs)
     source = inputs[0]

@@ -15,7 +15,7 @@ smallest tile. Only the scores (27 x 128 float32 a window) pass through memory b
 
 Row numbers (p, q) and pixel numbers (y, x) are flat; `support` finds the patch in the matrices.
 
-Roofline (`plugins.roofline`), one 1008x672 image at ViT-L and Vicuna-7B size in float16:
+Roofline (`uhd_export.plugins.roofline`), one 1008x672 image at ViT-L and Vicuna-7B size in float16:
 1204 MB and 14.0 GFLOP; floors: H200 0.25 ms, RTX 4090 1.20 ms, Jetson AGX Orin 6.02 ms.
 Where the kernels stand: not measured. Two thirds of the bytes are the mixed rows that they write; the
 products over pixels multiply 8 times the FLOPs of pooling first, still below what memory takes.
@@ -26,7 +26,7 @@ products over pixels multiply 8 times the FLOPs of pooling first, still below wh
 import triton
 import triton.language as tl
 
-from plugins.tiles import multiply, narrow
+from uhd_export.plugins.tiles import multiply, narrow
 
 ROWS = tl.constexpr(16)  # rows of a level that are handled at a time
 CELLS = tl.constexpr(32)  # cells of the position table that are handled at a time

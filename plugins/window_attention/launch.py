@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from plugins.launch import Launch, Scratch, power_of_two
+from uhd_export.plugins.launch import Launch, Scratch, power_of_two
 
 LEVEL_INPUTS = (
     "features",

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from plugins.graph import PLUGIN_DOMAIN, GraphBuilder
-from plugins.window_attention.reference import Level
+from uhd_export.plugins.graph import PLUGIN_DOMAIN, GraphBuilder
+from uhd_export.plugins.window_attention.reference import Level
 
 OP = "WindowAttention"
 

@@ -48,7 +48,7 @@ def window_attention(levels: list[Level], query_position: torch.Tensor, sets: in
     `query_position` (N, Q, side^2) scores the position table's cells. The score of a row is
     query . pooled(scale * features) + query_scale * pooled(scale) + query_mass * mass + position,
     mass being the pooled constant one (1 except where samples fall outside the map).
-    Source: paper section 3.3, equations of the folding in `uhd_export.fold`.
+    Source: paper section 3.3, equations of the folding in `uhd_export.model.folding`.
     """
     rows, extras, scores = [], [], []
     for level in levels:

@@ -2,9 +2,9 @@
 
 import torch
 
-from plugins.window_attention import reference
-from plugins.window_attention.launch import LEVEL_INPUTS, LevelShape, inputs, outputs, plan
-from plugins.window_attention.tensorrt_plugin import WindowAttentionOperator
+from uhd_export.plugins.window_attention import reference
+from uhd_export.plugins.window_attention.launch import LEVEL_INPUTS, LevelShape, inputs, outputs, plan
+from uhd_export.plugins.window_attention.operator import WindowAttentionOperator
 
 
 def reference_outputs(
@@ -45,8 +45,8 @@ def _(query_position: torch.Tensor, levels: list[torch.Tensor], sets: int = 4) -
 @window_attention.register_kernel("cuda")
 def launch(query_position: torch.Tensor, levels: list[torch.Tensor], sets: int = 4) -> list[torch.Tensor]:
     """Run the Triton kernels; on a CPU only under TRITON_INTERPRET=1. Raises UhdError for unfit inputs."""
-    from plugins.torch_launch import DTYPES, check, run
-    from plugins.window_attention import kernel
+    from uhd_export.plugins.torch_launch import DTYPES, check, run
+    from uhd_export.plugins.window_attention import kernel
 
     attributes = {"sets": sets, "levels": len(levels) // len(LEVEL_INPUTS)}
     check(WindowAttentionOperator(), attributes, (query_position, *levels))

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uhd_export.checkpoint import PROJECTOR_PREFIX, VISION_PREFIX
-from uhd_export.config import ModelConfig, parse_config
-from uhd_export.language import LanguageModel, RMSNorm
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import Layer, VisionTower
+from uhd_export.checkpoint.config import ModelConfig, parse_config
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
+from uhd_export.model.language import LanguageModel, RMSNorm
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import Layer, VisionTower
 
 TOWER_FOLDER = "clip"
 TOWER = {

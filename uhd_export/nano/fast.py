@@ -1,16 +1,16 @@
 """The vision path for training: the released computation, rearranged to be cheap on a CPU.
 
-Same parameters and same results as `uhd_export.vit` and `uhd_export.projector`; only the order of
+Same parameters and same results as `uhd_export.model.vit` and `uhd_export.model.projector`; only the order of
 the linear steps differs.
 """
 
 import torch
 from torch.nn import functional as F
 
-from plugins.jbu.reference import FIXUP, KERNEL, RADIUS, spatial_kernel
-from uhd_export.jbu import JbuStack, JbuStage
-from uhd_export.projector import QUERY_SETS, HiwinProjector
-from uhd_export.vit import Attention, Geometry, VisionTower
+from uhd_export.model.jbu import JbuStack, JbuStage
+from uhd_export.model.projector import QUERY_SETS, HiwinProjector
+from uhd_export.model.vit import Attention, Geometry, VisionTower
+from uhd_export.plugins.jbu.reference import FIXUP, KERNEL, RADIUS, spatial_kernel
 
 STRIP = 8  # rows of a feature map upsampled at a time
 

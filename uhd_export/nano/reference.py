@@ -7,11 +7,11 @@ from pathlib import Path
 from PIL import Image
 from tokenizers import Tokenizer
 
-from runtime.prompt import render
-from runtime.slicing import MAX_SLICES
-from uhd_export.model import UhdModel, load_model
-from uhd_export.nano import checkpoint_path
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.model.uhd import UhdModel, load_model
 from uhd_export.nano.evaluate import Answer, evaluate
+from uhd_export.runtime.image.slicing import MAX_SLICES
+from uhd_export.runtime.language.prompt import render
 
 LONGEST_ANSWER = 8
 
@@ -30,7 +30,7 @@ def model_answer(model: UhdModel) -> Answer:
 def main() -> None:
     """Evaluate a checkpoint in PyTorch, with slices and without."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=checkpoint_path())
+    parser.add_argument("folder", type=Path, nargs="?", default=EMBEDDED)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--max-slices", type=int, nargs="*", default=[MAX_SLICES, 1])
     options = parser.parse_args()

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import VisionTower
 from uhd_export.nano.cards import DIGITS, NAMES, TRAIN_SEED, WINDOW, make_card_image
 from uhd_export.nano.train_vision import crop_tokens, geometry_of, to_batch
 from uhd_export.nano.windows import SIDE, LabelledCrop, image_crops, label_map
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import VisionTower
 
 SLICES = 6
 GRID = (3, 2)

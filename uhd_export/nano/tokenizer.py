@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from runtime.prompt import FOLLOW_UPS, IMAGE, TEMPLATES
 from uhd_export.nano.cards import NAMES, question
+from uhd_export.runtime.language.prompt import FOLLOW_UPS, IMAGE, TEMPLATES
 
 VOCABULARY = 512
 SPECIAL = ("<unk>", "<s>", "</s>")

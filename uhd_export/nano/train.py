@@ -25,7 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from uhd_export.language import LanguageModel
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import VisionTower
 from uhd_export.nano import architecture
 from uhd_export.nano.cards import NAMES
 from uhd_export.nano.token_pool import TokenPool, build_pool, load_pool, save_pool
@@ -33,8 +35,6 @@ from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer, separator
 from uhd_export.nano.train_language import Conversations, train_language
 from uhd_export.nano.train_vision import OUTPUTS, train_vision
 from uhd_export.nano.windows import SIDE
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import VisionTower
 
 ALL = (1, 2, 4)
 # name: keyword arguments of train_vision, train_language, or build_pool.

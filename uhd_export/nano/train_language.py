@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
-from runtime.layout import Separators, layout_indices
-from runtime.prompt import FOLLOW_UPS, IMAGE_ID, encode, render
-from uhd_export.language import LanguageModel, rotary_tables
+from uhd_export.model.language import LanguageModel, rotary_tables
 from uhd_export.nano.cards import NAMES, TRAIN_SEED, question
 from uhd_export.nano.token_pool import GRID, SLICES, Crop, TokenPool
 from uhd_export.nano.tokenizer import TEMPLATE
 from uhd_export.nano.windows import SIDE
+from uhd_export.runtime.image.layout import Separators, layout_indices
+from uhd_export.runtime.language.prompt import FOLLOW_UPS, IMAGE_ID, encode, render
 
 IGNORE = -100
 

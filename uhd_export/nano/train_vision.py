@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plugins.jbu.reference import FIXUP
-from runtime.geometry import crop_geometry
-from runtime.pixels import normalise
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.nano.cards import DIGITS, NAMES, TRAIN_SEED
 from uhd_export.nano.fast import pyramid, vit_features, window_tokens
 from uhd_export.nano.windows import IGNORE, LabelledCrop, image_crops, packed_slice
-from uhd_export.projector import HiwinProjector
-from uhd_export.vit import Geometry, VisionTower
+from uhd_export.plugins.jbu.reference import FIXUP
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.pixels import normalise
 
 COLOUR_CLASSES = len(NAMES) + 1
 OUTPUTS = COLOUR_CLASSES + 2 + 10 * DIGITS

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.pixels import cut
-from runtime.slicing import plan_slices
 from uhd_export.nano import cards
 from uhd_export.nano.cards import DIGITS, NAMES, WINDOW, Card
+from uhd_export.runtime.image.pixels import cut
+from uhd_export.runtime.image.slicing import plan_slices
 
 SIDE = 12
 NO_COLOUR, IGNORE = 0, -100

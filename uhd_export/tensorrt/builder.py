@@ -7,17 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from plugins.tensorrt_plugin import plugin_errors, register_plugins
-from runtime.errors import UhdError
-from runtime.integrity import hash_file
-from runtime.tensorrt_backend import (
+from uhd_export.plugins.tensorrt.plugin import plugin_errors, register_plugins
+from uhd_export.runtime.bundle.integrity import hash_file
+from uhd_export.runtime.engines.tensorrt.backend import (
     describe_backend,
     logger,
     messages,
     open_tensorrt,
     supported_capabilities,
 )
-from runtime.tensorrt_record import RECORD_VERSION, EngineRecord, Profile, write_record
+from uhd_export.runtime.engines.tensorrt.record import RECORD_VERSION, EngineRecord, Profile, write_record
+from uhd_export.runtime.errors import UhdError
 from uhd_export.tensorrt.network import Network, load_graph, parse
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
 from uhd_export.tensorrt.progress import Progress, make_monitor

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from runtime.errors import UhdError
-from runtime.integrity import hash_file
-from runtime.tensorrt_backend import cache_folder, open_tensorrt
-from runtime.tensorrt_record import EngineRecord, Profile, read_record, record_path
+from uhd_export.runtime.bundle.integrity import hash_file
+from uhd_export.runtime.engines.tensorrt.backend import cache_folder, open_tensorrt
+from uhd_export.runtime.engines.tensorrt.record import EngineRecord, Profile, read_record, record_path
+from uhd_export.runtime.errors import UhdError
 from uhd_export.tensorrt.builder import build_engine
+from uhd_export.tensorrt.fingerprint import plugin_fingerprint
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
-from uhd_export.tensorrt.plugins import plugin_fingerprint
 from uhd_export.tensorrt.progress import Progress
 
 # Change it whenever the same graph and options come to give another engine.

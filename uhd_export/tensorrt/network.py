@@ -12,10 +12,10 @@ import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError
 
-from plugins.graph import PLUGIN_DOMAIN
-from runtime.errors import UhdError
-from runtime.tensorrt_backend import messages
-from runtime.tensorrt_record import Profile, TensorRecord
+from uhd_export.plugins.graph import PLUGIN_DOMAIN
+from uhd_export.runtime.engines.tensorrt.backend import messages
+from uhd_export.runtime.engines.tensorrt.record import Profile, TensorRecord
+from uhd_export.runtime.errors import UhdError
 
 _BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.BOOL: 8}
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from types import ModuleType
 
-from runtime.errors import UhdError
-from runtime.tensorrt_backend import describe_backend, supported_capabilities
-from runtime.tensorrt_cuda import current_capability
+from uhd_export.runtime.engines.tensorrt.backend import describe_backend, supported_capabilities
+from uhd_export.runtime.engines.tensorrt.cuda import current_capability
+from uhd_export.runtime.errors import UhdError
 
 # What an engine is built for where nobody says: every GPU that runs all our graphs (7.5 has neither int4
 # nor float32 products).

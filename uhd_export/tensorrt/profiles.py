@@ -8,13 +8,13 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from runtime.decoder import EMBEDS
-from runtime.geometry import GRID_MODES, bin_grid, crop_geometry
-from runtime.shapes import LanguageShape
-from runtime.slicing import PATCH, SCALE_RESOLUTION
-from runtime.tensorrt_record import Profile, Range, Shape
-from runtime.vision import MAX_BATCH, PIXELS
-from uhd_export.config import ModelConfig
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.engines.tensorrt.record import Profile, Range, Shape
+from uhd_export.runtime.image.encoder import MAX_BATCH, PIXELS
+from uhd_export.runtime.image.geometry import GRID_MODES, bin_grid, crop_geometry
+from uhd_export.runtime.image.slicing import PATCH, SCALE_RESOLUTION
+from uhd_export.runtime.language.decoder import EMBEDS
 
 Grid = tuple[int, int]
 # Where the bands meet, as cols / rows. Slices lie in the middle one (unless an image is nine times as long

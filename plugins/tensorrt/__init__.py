@@ -1,0 +1,1 @@
+"""The operators as TensorRT plugins: built into engines, launched through the driver."""

@@ -1,0 +1,107 @@
+"""Compiled kernels on the device: packed into a plugin's fields, loaded through the driver, launched.
+
+Nothing here knows TensorRT's classes, and what the device needs takes neither Triton nor PyTorch: kernels
+come as PTX by key, each launch is planned from the shapes (plain arithmetic) and handed to the driver.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.operator import Operator, Shape
+from uhd_export.plugins.tensorrt.driver import open_driver
+from uhd_export.runtime.errors import UhdError
+
+KERNELS = "kernels"  # the serialized field that holds the compiled kernels
+ALIGNMENT = 256  # bytes, of a scratch buffer in the workspace
+
+
+def kernel_key(launch: Launch, types: Sequence[str], capability: int) -> str:
+    """What tells the kernels of one plugin apart."""
+    return json.dumps([launch.kernel, capability, list(types), [list(pair) for pair in launch.constants]])
+
+
+def pack(kernels: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+    """Kernels by key as the bytes of a plugin field; PTX is text and shrinks to a seventh."""
+    return np.frombuffer(zlib.compress(json.dumps(kernels).encode(), 9), np.int8)
+
+
+def unpack(data: Any) -> dict[str, dict[str, Any]]:
+    """The inverse of `pack`. Raises UhdError where the bytes are not its work."""
+    try:
+        return json.loads(zlib.decompress(np.asarray(data).astype(np.int8, copy=False).tobytes()))
+    except (zlib.error, ValueError, TypeError) as error:
+        raise UhdError(
+            f"engine: the kernels in its plugins cannot be read ({error}); build it again"
+        ) from None
+
+
+class Runner:
+    """Plans and launches the kernels of one plugin on the device. Knows nothing of TensorRT."""
+
+    def __init__(
+        self, operator: Operator, attributes: Mapping[str, int], kernels: Mapping[str, Mapping]
+    ) -> None:
+        self.operator, self.attributes, self.kernels = operator, attributes, kernels
+        self._functions: dict[tuple[int, str], Any] = {}
+
+    def run(
+        self,
+        shapes: Sequence[Shape],
+        types: Sequence[str],
+        pointers: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Queue all launches. `types` and `pointers` are of the inputs, then the outputs."""
+        inputs, outputs = self.operator.inputs(self.attributes), self.operator.outputs(self.attributes)
+        launches, scratch = self.operator.plan(
+            dict(zip(inputs, shapes, strict=True)), self.attributes, types[-1]
+        )
+        address = dict(zip((*inputs, *outputs, scratch.name), (*pointers, workspace), strict=True))
+        kind = dict(zip((*inputs, *outputs, scratch.name), (*types, "float32"), strict=True))
+        driver = open_driver()
+        context, capability = driver.context(), driver.capability()
+        for launch in launches:
+            key = kernel_key(launch, [kind[name] for name in launch.tensors], capability)
+            if key not in self.kernels:
+                raise UhdError(self._missing(launch, capability))
+            kernel = self.kernels[key]
+            if (context, key) not in self._functions:
+                self._functions[context, key] = driver.load(kernel["ptx"], kernel["name"], kernel["shared"])
+            driver.launch(
+                self._functions[context, key],
+                launch.grid,
+                32 * kernel["warps"],
+                kernel["shared"],
+                stream,
+                [address[name] for name in launch.tensors],
+                launch.integers,
+                kernel["nulls"],
+            )
+
+    def _missing(self, launch: Launch, capability: int) -> str:
+        built = sorted({json.loads(key)[1] for key in self.kernels})
+        if capability not in built:
+            names = ", ".join(f"{c // 10}.{c % 10}" for c in built)
+            return (
+                f"operator {self.operator.name}: this GPU has compute capability {capability // 10}."
+                f"{capability % 10}, the engine's kernels are for {names}; build it for this GPU"
+            )
+        return (
+            f"operator {self.operator.name}: the engine has no kernel {launch.kernel} for this shape "
+            f"({dict(launch.constants)}); build it again with a profile that covers the shape"
+        )
+
+
+def workspace_bytes(
+    operator: Operator, shapes: Sequence[Shape], attributes: Mapping[str, int], dtype: str
+) -> int:
+    """Bytes of scratch for inputs of these shapes."""
+    names = operator.inputs(attributes)
+    _, scratch = operator.plan(dict(zip(names, shapes, strict=True)), attributes, dtype)
+    return -(-4 * scratch.elements // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,105 @@
+"""One interface over the backends that run a graph."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+# numpy's arrays, or an engine's own on its device with the same interface as far as rows go.
+Array = Any
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output: its type, and its shape with a name where a dimension is free."""
+
+    dtype: np.dtype
+    shape: tuple[int | str, ...]
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with free dimensions from `sizes`; KeyError where one is missing."""
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+
+class Binding(ABC):
+    """An engine with some inputs and outputs bound to buffers that stay on the device between calls.
+
+    Several bindings of one engine have their own buffers and share its weights.
+    """
+
+    nbytes: int
+    """Size of the persistent buffers, each counted once."""
+
+    @abstractmethod
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A copy of the buffer bound to input `name`."""
+
+
+class Engine(ABC):
+    """A loaded graph. Use it as a context manager, or call `close`."""
+
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    weight_bytes: int | None = None
+    """Bytes of weights that the engine loaded, where the backend knows."""
+    device_bytes: int | None = None
+    """Device memory the engine needs beside its weights and bound buffers, where the backend knows."""
+
+    @abstractmethod
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once on all inputs by name; returns all outputs by name, as arrays of their own.
+
+        Raises ValueError where a feed is missing, unknown or of another type.
+        """
+
+    def infer_resident(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """As `infer`, but outputs stay on the engine's device where it is not this machine's memory."""
+        return self.infer(feeds)
+
+    def gather(self, pieces: Sequence[Array], dtype: np.dtype) -> Array:
+        """(S, D) rows of all `pieces`, one after the other, where the engine reads them without a copy.
+
+        `dtype` is the type in which it will be fed; in this machine's memory the pieces keep theirs.
+        """
+        return np.concatenate(pieces)
+
+    def fetch(self, array: Array) -> np.ndarray:
+        """`array` in this machine's memory."""
+        return array
+
+    @abstractmethod
+    def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> Binding:
+        """A binding in which each input of `shared` and the output it maps to are one buffer of zeros.
+
+        `sizes` gives the free dimensions of these buffers by name.
+        """
+
+    def close(self) -> None:  # noqa: B027 (most backends have nothing to do)
+        """Free what the backend holds; the engine cannot be used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_feeds(
+    feeds: Mapping[str, np.ndarray], inputs: Mapping[str, TensorInfo], bound: Mapping[str, str]
+) -> None:
+    """ValueError where `feeds` are not exactly the `inputs` that are not `bound`, with their types."""
+    wanted = inputs.keys() - bound.keys()
+    if feeds.keys() != wanted:
+        raise ValueError(f"feeds {sorted(feeds)} differ from the inputs {sorted(wanted)}")
+    for name, array in feeds.items():
+        if array.dtype != inputs[name].dtype:
+            raise ValueError(f"feed {name}: type {array.dtype} differs from {inputs[name].dtype}")

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX, behind the interface of `uhd_export.runtime.engines.base`."""

@@ -1,0 +1,154 @@
+"""The record beside an engine file: what it is for, so that a wrong one is refused before it is loaded.
+
+An engine is opaque, and TensorRT says little about one that it cannot load. `NAME.engine.json` says by
+which version and for which GPUs it was built, and describes inputs, outputs and profiles without a GPU.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from uhd_export.runtime import typed_json
+from uhd_export.runtime.engines.base import TensorInfo
+from uhd_export.runtime.errors import UhdError
+
+RECORD_VERSION = 1
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """An input or output: a numpy type name, and a number or a name for each dimension."""
+
+    dtype: str
+    shape: tuple[str, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        """As engines describe it."""
+        return TensorInfo(np.dtype(self.dtype), tuple(int(d) if d.isdigit() else d for d in self.shape))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The shapes of one input in a profile: least, the one to tune for, most."""
+
+    least: Shape
+    best: Shape
+    most: Shape
+
+    def covers(self, shape: Shape) -> bool:
+        """Whether every dimension of `shape` is in range."""
+        return len(shape) == len(self.least) and all(
+            low <= size <= high for low, size, high in zip(self.least, shape, self.most, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: a range for every input that has a free dimension."""
+
+    name: str
+    ranges: dict[str, Range]
+
+    def covers(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether the profile serves inputs of these shapes."""
+        return all(found.covers(shapes[name]) for name, found in self.ranges.items() if name in shapes)
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What `NAME.engine.json` holds.
+
+    `compute_capabilities` are those the engine runs on ("8.6"). `layers` counts the network's layers by
+    type, and `plugin_layers` names those that are our plugins. `aliases` maps each output to the input
+    whose memory it updates in place. `key` identifies everything that went into the build, `bytes` and
+    `sha256` the engine file.
+    """
+
+    record_version: int
+    backend: str
+    tensorrt: str
+    compute_capabilities: tuple[str, ...]
+    layers: dict[str, int]
+    plugin_layers: tuple[str, ...]
+    inputs: dict[str, TensorRecord]
+    outputs: dict[str, TensorRecord]
+    aliases: dict[str, str]
+    profiles: tuple[Profile, ...]
+    weight_bytes: int
+    key: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Device memory of an engine in bytes, as far as it is known without a GPU.
+
+    `state` are the buffers that are updated in place (the KV cache); `transfers` holds, for each profile,
+    all other inputs and outputs at their largest. Activations are not in it: how much they take depends
+    on the kernels that TensorRT chooses on the device.
+    """
+
+    weights: int
+    state: int
+    transfers: dict[str, int]
+
+
+def plan_memory(record: EngineRecord) -> MemoryPlan:
+    """The memory that an engine takes on the device."""
+    kept = set(record.aliases.values())
+    state = sum(_nbytes(record.inputs[name], {}) for name in kept)
+    transfers = {}
+    for profile in record.profiles:
+        sizes: dict[str, int] = {}
+        for name, found in profile.ranges.items():
+            dims = zip(record.inputs[name].shape, found.most, strict=True)
+            sizes |= {dim: most for dim, most in dims if not dim.isdigit()}
+        tensors = [tensor for name, tensor in record.inputs.items() if name not in kept]
+        tensors += [tensor for name, tensor in record.outputs.items() if name not in record.aliases]
+        transfers[profile.name] = sum(_nbytes(tensor, sizes) for tensor in tensors)
+    return MemoryPlan(record.weight_bytes, state, transfers)
+
+
+def _nbytes(tensor: TensorRecord, sizes: Mapping[str, int]) -> int:
+    return int(np.prod(tensor.info.resolve(sizes), dtype=np.int64)) * tensor.info.dtype.itemsize
+
+
+def record_path(engine: str | Path) -> Path:
+    """Where the record of the engine file `engine` lies."""
+    return Path(f"{engine}.json")
+
+
+def write_record(engine: str | Path, record: EngineRecord) -> None:
+    """Write the record of the file `engine`, through a temporary name."""
+    path = record_path(engine)
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_record(engine: str | Path) -> EngineRecord:
+    """The record of the file `engine`; UhdError where one of the two is missing or they do not match."""
+    engine, path = Path(engine), record_path(engine)
+    if not engine.is_file():
+        raise UhdError(f"engine {engine}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UhdError(f"engine {engine}: no record beside it ({error}); build the bundle again") from None
+    version = content.get("record_version") if isinstance(content, dict) else None
+    if version != RECORD_VERSION:
+        raise UhdError(
+            f"{path}: record version {version} instead of {RECORD_VERSION}; build the bundle again"
+        )
+    record = typed_json.read(EngineRecord, content, str(path))
+    size = engine.stat().st_size
+    if size != record.bytes:
+        raise UhdError(f"engine {engine}: {size} bytes instead of {record.bytes}; copy it again or rebuild")
+    return record

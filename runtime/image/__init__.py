@@ -1,0 +1,1 @@
+"""From an image to the vision engine's tokens: slices, pixels, geometry, token layout."""

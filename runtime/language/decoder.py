@@ -1,0 +1,106 @@
+"""Decoding with a KV cache of fixed capacity that stays on the device and can be rewound."""
+
+import re
+
+import numpy as np
+
+from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.errors import UhdError
+
+# Names of a language graph's inputs and outputs.
+EMBEDS = "inputs_embeds"
+LOGITS = "logits"
+PAST = "past_key_values.{}.{}"
+PRESENT = "present.{}.{}"
+KEY_VALUE = ("key", "value")
+# ONNX Runtime's GroupQueryAttention: index of the last position, and number of positions.
+SEQUENCE_LENGTHS = "seqlens_k"
+TOTAL_LENGTH = "total_sequence_length"
+# TensorScatter: where in the cache the sequence goes.
+WRITE_INDEX = "write_index"
+
+
+class Decoder:
+    """One conversation on a language engine: the first `length` positions are in the cache.
+
+    Several decoders may share an engine; each has its own cache of `context` positions. Without `context`
+    the engine must have been built for a fixed one, which is then used. Raises UhdError where an engine of
+    fixed capacity has less.
+    """
+
+    def __init__(self, engine: Engine, context: int | None = None) -> None:
+        self._dtype = engine.inputs[EMBEDS].dtype
+        self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX} & engine.inputs.keys()
+        self.hidden = engine.inputs[EMBEDS].shape[2]
+        self.vocab = engine.outputs[LOGITS].shape[2]
+        self.length = 0
+        capacity = engine.inputs[PAST.format(0, KEY_VALUE[0])].shape[2]
+        if isinstance(capacity, int):
+            context = capacity if context is None else context
+            if context > capacity:
+                raise UhdError(f"context: {context} positions, but the engine was built for {capacity}")
+        elif context is None:
+            raise UhdError("context: the engine has no fixed one; say how many positions to hold")
+        self.context = context
+        pattern = re.escape(PAST).replace(r"\{\}", "(.+)")
+        found = [(name, re.fullmatch(pattern, name)) for name in engine.inputs]
+        shared = {name: PRESENT.format(*match.groups()) for name, match in found if match}
+        self._cache = engine.bind(shared, {"capacity": context})
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the whole cache."""
+        return self._cache.nbytes
+
+    @property
+    def remaining(self) -> int:
+        """Positions that are still free."""
+        return self.context - self.length
+
+    def prefill(self, embeds: np.ndarray, *, chunk: int | None = None) -> np.ndarray:
+        """Append (S, D) or (1, S, D) embeddings; float32 logits (vocab,) of the last position.
+
+        May be called again to append a further turn. `chunk` limits the positions a run, and with it the
+        memory of activations. Raises UhdError where the positions do not fit, without changing the cache.
+        """
+        embeds = self._check(embeds)
+        size = embeds.shape[1] if chunk is None else chunk
+        if size < 1:
+            raise UhdError(f"prefill chunk: {size} positions; use at least 1")
+        for start in range(0, embeds.shape[1], size):
+            logits = self._run(embeds[:, start : start + size])
+        return logits
+
+    def step(self, embeds: np.ndarray) -> np.ndarray:
+        """Append one position, (D,), (1, D) or (1, 1, D); float32 logits (vocab,) of the next."""
+        return self._run(self._check(embeds.reshape(1, 1, -1)))
+
+    def rewind(self, length: int) -> None:
+        """Drop all positions from `length` on, so that another question can follow what came before."""
+        if not 0 <= length <= self.length:
+            raise UhdError(f"rewind to {length}: the cache holds {self.length} positions")
+        self.length = length
+
+    def _check(self, embeds: np.ndarray) -> np.ndarray:
+        embeds = embeds if embeds.ndim == 3 else embeds[None]
+        if embeds.shape[0] != 1 or embeds.shape[1] < 1 or embeds.shape[2] != self.hidden:
+            raise ValueError(f"embeddings of shape {embeds.shape} instead of (1, S, {self.hidden})")
+        needed = self.length + embeds.shape[1]
+        if needed > self.context:
+            raise UhdError(
+                f"context: {needed} positions are needed ({self.length} cached, {embeds.shape[1]} new), "
+                f"but it holds {self.context}; use a larger context, a shorter prompt or fewer slices"
+            )
+        return embeds.astype(self._dtype, copy=False)
+
+    def _run(self, embeds: np.ndarray) -> np.ndarray:
+        past, total = self.length, self.length + embeds.shape[1]
+        positions = {
+            SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
+            TOTAL_LENGTH: np.array(total, np.int32),
+            WRITE_INDEX: np.array([past], np.int64),
+        }
+        feeds = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
+        logits = self._cache.infer(feeds)[LOGITS].reshape(-1)
+        self.length = total
+        return logits

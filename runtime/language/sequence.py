@@ -1,0 +1,113 @@
+"""A prompt as a sequence of positions: text tokens and pictures, each position with a key to its content.
+
+Two sequences that begin with the same keys begin with the same embeddings, so their key-value cache
+is the same up to there. Keys are known from sizes and pixels alone, before any crop is encoded.
+"""
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from uhd_export.runtime.engines.base import Array
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import layout_indices
+from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
+from uhd_export.runtime.language.prompt import IMAGE_ID
+from uhd_export.runtime.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An RGB image, how it is cut, and where each of its positions comes from (see `layout_indices`)."""
+
+    image: Image.Image
+    plan: SlicePlan
+    grid: str
+    source: np.ndarray
+    tokens: np.ndarray
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def picture(image: Image.Image, run: RunConfig, *, side: int, patch: int) -> Picture:
+    """Plan `image` (RGB) as `run` says; `side` is the tokens an axis of one crop."""
+    plan = plan_slices(
+        image.size, max_slices=run.max_slices, resize=run.resize, upscale_only=run.upscale_only, patch=patch
+    )
+    source, tokens = layout_indices(plan.grid, layout=run.layout, side=side, separators=run.separators)
+    content = hashlib.blake2b(repr((plan, run.grid, run.layout)).encode(), digest_size=16)
+    content.update(image.tobytes())
+    return Picture(image, plan, run.grid, source, tokens, content.hexdigest())
+
+
+def place(source: np.ndarray, crops: Sequence[Array], separators: np.ndarray) -> list[Array]:
+    """The rows of a picture in order, as few pieces of `crops` and of `separators` as there can be.
+
+    `source` numbers the rows of `crops`, (N, D) each, laid end to end, and is -1 at separators (see
+    `layout_indices`); `separators` are those rows, (count, D).
+    """
+    size, pieces, used = len(crops[0]), [], 0
+    crop = np.where(source < 0, -1, source // size)
+    # A piece ends where the next row is not the next of the same crop, nor both are separators.
+    follows = (crop[1:] == crop[:-1]) & ((source[1:] == source[:-1] + 1) | (source[1:] < 0))
+    starts = [0, *(np.flatnonzero(~follows) + 1).tolist()]
+    for start, stop in zip(starts, [*starts[1:], len(source)], strict=True):
+        if source[start] < 0:
+            pieces.append(separators[used : used + stop - start])
+            used += stop - start
+        else:
+            row = source[start] - crop[start] * size
+            pieces.append(crops[crop[start]][int(row) : int(row) + stop - start])
+    return pieces
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of positions: a picture, or text tokens."""
+
+    start: int
+    content: Picture | tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        return self.start + len(self.content)
+
+
+class PromptSequence:
+    """The positions of token `ids` (-200 where a picture goes) with `pictures` in their places."""
+
+    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
+        markers = sum(token == IMAGE_ID for token in ids)
+        if markers != len(pictures):
+            raise UhdError(f"prompt has {markers} <image> markers for {len(pictures)} images")
+        if not ids:
+            raise UhdError("prompt: empty; ask a question")
+        self.segments: list[Segment] = []
+        self.keys: list[Hashable] = []
+        rest, text = iter(pictures), []
+        for token in ids:
+            if token != IMAGE_ID:
+                text.append(token)
+                continue
+            self._append(tuple(text))
+            self._append(next(rest))
+            text = []
+        self._append(tuple(text))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _append(self, content: Picture | tuple[int, ...]) -> None:
+        if not len(content):
+            return
+        self.segments.append(Segment(len(self.keys), content))
+        if isinstance(content, Picture):
+            self.keys.extend((content.digest, i) for i in range(len(content)))
+        else:
+            self.keys.extend(content)

@@ -1,0 +1,1 @@
+"""What an answer costs: counted work, measured time and memory, the machine."""

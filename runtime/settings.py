@@ -1,0 +1,25 @@
+"""What a pipeline runs with: how images are cut and laid out, and the room for positions."""
+
+from dataclasses import dataclass
+
+from uhd_export.runtime.image.layout import Separators
+
+BOXES = ("exact", "bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How images are cut and prompts are laid out. `grid` and `max_slices` are defaults.
+
+    `resize` is the longest side before slicing or None; `context` the positions of the KV cache.
+    """
+
+    layout: str
+    template: str
+    separators: Separators
+    grid: str
+    max_slices: int
+    resize: int | None
+    upscale_only: bool
+    boxes: str
+    context: int

@@ -1,0 +1,1 @@
+"""Everything that prints to a terminal or asks at one."""

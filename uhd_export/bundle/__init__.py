@@ -1,0 +1,1 @@
+"""Bundles: built, checked against the checkpoint, and put in place whole."""

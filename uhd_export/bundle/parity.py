@@ -1,0 +1,170 @@
+"""Parity: how far a bundle's parts are from the PyTorch model, on inputs with a name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
+from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
+from uhd_export.runtime.image.geometry import GRID_MODES
+from uhd_export.runtime.image.pattern import pattern
+from uhd_export.runtime.image.pixels import cut
+from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.sampling import greedy
+from uhd_export.runtime.language.sequence import PromptSequence
+from uhd_export.runtime.memory import available_memory
+from uhd_export.runtime.pipeline import Pipeline
+from uhd_export.runtime.progress import Bar, progress_bar
+from uhd_export.runtime.terminal.report import format_bytes
+
+# A 500x336 image makes two 280x378 slices and a 406x266 overview: no crop is square.
+SIZE = (500, 336)
+NAME = f"pattern {SIZE[0]}x{SIZE[1]}"
+QUESTION = "What is shown in this image?"
+NEW_TOKENS = 16
+# Largest relative errors by the type of the weights; other types are for information. Greedy tokens may
+# tip either way in float16.
+LIMITS = {"float32": 1e-3, "float16": 5e-2}
+# Where activations are rounded to int8 before each product.
+INT8_LIMIT = 1e-1
+_CONTEXT = 1024
+
+
+def measure_parity(
+    bundle: Path, checkpoint: Checkpoint, config: ModelConfig, *, progress: bool = False
+) -> list[Parity]:
+    """Compare the bundle in folder `bundle` with `checkpoint` in float32 PyTorch.
+
+    Vision: tokens of a slice in the bundle's grid mode and of the overview in every mode. Language: the
+    whole model's logits after a prompt with an image, and 16 greedy tokens. Where the memory at hand is
+    too small, the entries say so instead of a figure.
+    """
+    manifest = read_manifest(bundle)
+    shortage = _memory_shortage(bundle, manifest)
+    if shortage is not None:
+        return [
+            Parity(part, NAME, metric, None, limit, shortage)
+            for part, metric, limit in (
+                ("vision", "relative error", LIMITS.get(manifest.precision.vision)),
+                ("logits", "relative error", _language_limit(manifest)),
+                ("tokens", "differing", _token_limit(manifest)),
+            )
+        ]
+    context = min(manifest.run.context, _CONTEXT)
+    with (
+        progress_bar("parity", len(GRID_MODES) + 4, show=progress) as bar,
+        Pipeline.open(bundle, context=context, resize=None) as pipeline,
+    ):
+        reference = VisionReference(checkpoint, config, boxes=manifest.run.boxes)
+        bar.advance()
+        results = list(_vision(pipeline, reference, bar))
+        results += _language(pipeline, checkpoint, config, reference)
+        bar.advance(2)
+    return results
+
+
+def _vision(pipeline: Pipeline, reference: VisionReference, bar: Bar) -> Iterator[Parity]:
+    manifest = pipeline.manifest
+    limit = LIMITS.get(manifest.precision.vision)
+    image = pattern(*SIZE)
+    crops = cut(image, pipeline.plan(image))
+    cases = [("slice", crops[0], manifest.run.grid)] if len(crops) > 1 else []
+    cases += [("overview", crops[-1], grid) for grid in GRID_MODES]
+    for name, crop, grid in cases:
+        height, width = crop.shape[:2]
+        error = relative_error(pipeline.encoder.encode([crop], grid)[0], reference.encode(crop, grid))
+        yield Parity(
+            "vision", f"{NAME}, {name} {width}x{height}, {grid}", "relative error", error, limit, None
+        )
+        bar.advance()
+
+
+def _language(
+    pipeline: Pipeline, checkpoint: Checkpoint, config: ModelConfig, reference: VisionReference
+) -> list[Parity]:
+    """One pass of the reference over the prompt and the bundle's own tokens judges both entries.
+
+    A token counts as different where the reference prefers another one by more than rounding: if none
+    does, the reference's greedy tokens are the same.
+    """
+    manifest = pipeline.manifest
+    limit, token_limit = _language_limit(manifest), _token_limit(manifest)
+    image = pattern(*SIZE)
+    prompt = prompts.render(QUESTION, manifest.run.template)
+    sequence = PromptSequence(pipeline.input_ids(prompt), [pipeline.picture(image)])
+    room = pipeline.decoder.decoder.context - len(sequence)
+    count = max(min(NEW_TOKENS, room), 0)
+    metric = f"differing of {count} greedy tokens"
+    if count == 0:
+        reason = f"{len(sequence)} positions fill the context of {pipeline.decoder.decoder.context}"
+        return [
+            Parity("logits", NAME, "relative error", None, limit, reason),
+            Parity("tokens", NAME, metric, None, token_limit, reason),
+        ]
+    logits = pipeline.prefill(sequence)
+    tokens = [greedy(logits)]
+    while len(tokens) < count:  # past an end of text too: it is arithmetic that is compared
+        row = pipeline.embeddings.rows(tokens[-1:])[0]
+        tokens.append(greedy(pipeline.decoder.step(tokens[-1], row)))
+    embeds = reference_embeds(checkpoint, reference, sequence)
+    embeds = np.concatenate([embeds, embedding_rows(checkpoint, tokens[:-1])])
+    expected = streamed_logits(checkpoint, config, embeds, len(tokens))
+    preference = expected.max(1) - expected[np.arange(len(tokens)), tokens]
+    different = float((preference > LIMITS["float32"] * np.abs(expected).max()).sum())
+    return [
+        Parity("logits", NAME, "relative error", relative_error(logits, expected[0]), limit, None),
+        Parity("tokens", NAME, metric, different, token_limit, None),
+    ]
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """||actual - expected|| / ||expected||, computed in float64; infinite where a value is not finite."""
+    difference = np.linalg.norm(actual.astype(np.float64) - expected.astype(np.float64))
+    error = float(difference / np.linalg.norm(expected.astype(np.float64)))
+    return error if np.isfinite(error) else float("inf")
+
+
+def _language_limit(manifest: Manifest) -> float | None:
+    return INT8_LIMIT if _int8(manifest) else LIMITS.get(manifest.precision.language)
+
+
+def _token_limit(manifest: Manifest) -> float | None:
+    exact = manifest.precision.language == manifest.precision.vision == "float32"
+    return 0.0 if exact and not _int8(manifest) else None
+
+
+def _int8(manifest: Manifest) -> bool:
+    return manifest.quantization is not None and manifest.quantization.activations == "int8"
+
+
+def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:
+    """Why parity cannot be measured here, or None. The estimate counts what is resident at once.
+
+    ONNX Runtime's CPU kernels repack matrices, and convert float16 weights to float32: opening a bundle of
+    1.6 GB of float16 weights took 3.9 GB, one of 3.2 GB in float32 took 3.5 GB.
+    """
+    available = available_memory()
+    copies = {"float32": 1.2, "float16": 2.6}
+    weights = sum(path.stat().st_size for path in bundle.glob("*.onnx.data")) * copies.get(
+        manifest.precision.language, 1.5
+    )
+    vision, projector, language = manifest.model.vision, manifest.model.projector, manifest.model.language
+    # Reference weights in float32: the vision part, then the largest of a layer and the head.
+    reference = 4 * (
+        vision.layers * (4 * vision.hidden**2 + 2 * vision.hidden * vision.intermediate)
+        + 12 * projector.hidden**2
+        + max(
+            4 * language.hidden**2 + 3 * language.hidden * language.intermediate,
+            language.hidden * language.vocab,
+        )
+    )
+    # Its widest activations: keys and values of the pyramid mode, and a 4x map in D channels.
+    activations = 4 * projector.hidden * (6 * 144 * 126 + 8 * 16 * 540)
+    cache = 8 * language.layers * language.kv_heads * language.head_size * _CONTEXT
+    needed = int(weights + reference + activations + cache)
+    if available is None or needed <= available:
+        return None
+    return f"needs about {format_bytes(needed)} of memory, {format_bytes(available)} are available"

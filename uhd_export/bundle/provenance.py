@@ -1,0 +1,49 @@
+"""Where a bundle comes from: its source, and the versions of the tools that made it."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+from uhd_export.checkpoint.source import NANO
+from uhd_export.runtime.bundle.integrity import hash_file
+from uhd_export.runtime.bundle.manifest import Source
+
+TOOLS = ("uhd-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch")
+
+
+def describe_source(
+    source: str | Path,
+    folder: Path,
+    generation: str,
+    *,
+    config: str | None,
+    vision_tower: str | None,
+    mask: int | None,
+) -> Source:
+    """What identifies the checkpoint in `folder`, so that `check` can find it again and know it."""
+    return Source(
+        id=_lasting(source),
+        config_sha256=hash_file(Path(config) if config else folder / "config.json"),
+        weights={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+        generation=generation,
+        config=None if config is None else _lasting(config),
+        vision_tower=None if vision_tower is None else _lasting(vision_tower),
+        mask=mask,
+    )
+
+
+def tool_versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the distributions in TOOLS and `more`."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in (*TOOLS, *more)}}
+
+
+def _lasting(name: str | Path) -> str:
+    """A path made absolute, so that it is found from any folder; "nano" and hub ids as they are."""
+    return str(Path(name).absolute()) if str(name) != NANO and Path(name).exists() else str(name)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

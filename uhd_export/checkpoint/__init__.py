@@ -1,0 +1,1 @@
+"""Checkpoints: found, configured, validated, and read tensor by tensor."""

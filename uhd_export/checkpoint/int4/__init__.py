@@ -1,0 +1,1 @@
+"""Group-quantized weights as GPTQ checkpoints store them."""

@@ -1,0 +1,1 @@
+"""ONNX graphs of the vision and the language part, weights streamed into them."""

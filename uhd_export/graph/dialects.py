@@ -1,0 +1,220 @@
+"""What differs between backends in the language graph: norms, attention, the KV cache and its inputs."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from uhd_export.graph.linear import TensorSource
+from uhd_export.plugins.graph import CONTRIB_DOMAIN, GraphBuilder
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.language.decoder import (
+    EMBEDS,
+    KEY_VALUE,
+    PAST,
+    PRESENT,
+    SEQUENCE_LENGTHS,
+    TOTAL_LENGTH,
+    WRITE_INDEX,
+)
+
+
+def rotary_cache(config: LanguageShape, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float64, (context, head_size / 2), of the rotary embedding (arXiv 2104.09864, eq. 15).
+
+    Computed in float64, so that rounding to the graph's type is the only error.
+    """
+    frequency = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    angle = np.arange(context)[:, None] * frequency
+    return np.cos(angle), np.sin(angle)
+
+
+class Dialect(ABC):
+    """Declares a graph's inputs and cache, and emits what backends have different operators for."""
+
+    opset: int
+
+    def __init__(self, config: LanguageShape, source: TensorSource, dtype: ir.DataType, context: int) -> None:
+        self.config, self.source, self.dtype, self.context = config, source, dtype, context
+        self.builder = GraphBuilder("language", opset=self.opset)
+        self.embeds = self.builder.input(EMBEDS, dtype, (1, "sequence", config.hidden))
+        self._declare_positions()
+        cos, sin = rotary_cache(config, context)
+        self._cos = self.builder.weight("rotary.cos", cos.shape, dtype, lambda: cos)
+        self._sin = self.builder.weight("rotary.sin", sin.shape, dtype, lambda: sin)
+        self._cache_shape = (1, config.kv_heads, self.capacity, config.head_size)
+        self._past = [
+            [self.builder.input(PAST.format(i, part), dtype, self._cache_shape) for part in KEY_VALUE]
+            for i in range(config.layers)
+        ]
+        self._present: list[tuple[ir.Value, ir.Value]] = []
+
+    @property
+    def capacity(self) -> int | str:
+        """Positions in the cache; here the runtime chooses them, up to the context."""
+        return "capacity"
+
+    @abstractmethod
+    def _declare_positions(self) -> None:
+        """Declare the inputs that say where in the cache the sequence goes."""
+
+    @abstractmethod
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """The RMS norm whose weight is `name`.weight, computed in float32, as `dtype`."""
+
+    @abstractmethod
+    def add_norm(self, x: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm(x + update), x + update)."""
+
+    @abstractmethod
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """The next layer's attention: rotates q and k, extends the cache, attends causally.
+
+        q is (1, S, heads * head_size), k and v (1, S, kv_heads * head_size), the result like q.
+        """
+
+    def declare_present(self) -> None:
+        """Declare the updated caches as outputs, after all layers."""
+        for i, pair in enumerate(self._present):
+            for part, value in zip(KEY_VALUE, pair, strict=True):
+                # No Identity in between: the backend must see that past and present are one buffer.
+                self.builder.output(
+                    value, PRESENT.format(i, part), self.dtype, self._cache_shape, direct=True
+                )
+
+    def _norm_weight(self, name: str, dtype: ir.DataType) -> ir.Value:
+        name, shape = f"{name}.weight", (self.config.hidden,)
+        return self.builder.weight(name, shape, dtype, lambda: self.source.load(name, shape, dtype))
+
+
+class OnnxRuntimeDialect(Dialect):
+    """ONNX Runtime's contributed operators; its kernels write the cache in place."""
+
+    opset = 23
+
+    def _declare_positions(self) -> None:
+        self._lengths = self.builder.input(SEQUENCE_LENGTHS, ir.DataType.INT32, (1,))
+        self._total = self.builder.input(TOTAL_LENGTH, ir.DataType.INT32, ())
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """One fused node; statistics are float32 whatever the type (stash_type)."""
+        weight = self._norm_weight(name, self.dtype)
+        return self.builder.op(
+            "SimplifiedLayerNormalization",
+            x,
+            weight,
+            axis=-1,
+            epsilon=self.config.eps,
+            stash_type=1,
+            name=name,
+        )
+
+    def add_norm(self, x: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """One fused node; its second and third outputs are for training only."""
+        weight = self._norm_weight(name, self.dtype)
+        normed, _, _, total = self.builder.op(
+            "SkipSimplifiedLayerNormalization",
+            x,
+            update,
+            weight,
+            domain=CONTRIB_DOMAIN,
+            outputs=4,
+            epsilon=self.config.eps,
+            name=name,
+        )
+        return normed, total
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """One GroupQueryAttention node."""
+        layer = len(self._present)
+        out, key, value = self.builder.op(
+            "GroupQueryAttention",
+            q,
+            k,
+            v,
+            *self._past[layer],
+            self._lengths,
+            self._total,
+            self._cos,
+            self._sin,
+            domain=CONTRIB_DOMAIN,
+            outputs=3,
+            num_heads=self.config.heads,
+            kv_num_heads=self.config.kv_heads,
+            do_rotary=1,
+            name=f"model.layers.{layer}.self_attn",
+        )
+        self._present.append((key, value))
+        return out
+
+
+class TensorRtDialect(Dialect):
+    """Standard operators of opset 24 only, as TensorRT reads them.
+
+    Attention gets an explicit mask over the whole capacity: TensorRT ignores its `nonpad_kv_seqlen`, and
+    refuses `softmax_precision`. What the mask hides must be finite, so the cache starts as zeros.
+    TensorRT's cache update needs a static capacity: it is the context. TensorRT-RTX 1.7 has kernels for
+    float16; in float32 it builds only where its Attention layers are marked decomposable.
+    """
+
+    opset = 24
+
+    @property
+    def capacity(self) -> int:
+        """The context."""
+        return self.context
+
+    def _declare_positions(self) -> None:
+        builder = self.builder
+        self._index = builder.input(WRITE_INDEX, ir.DataType.INT64, (1,))
+        self._arange = builder.constant(np.arange(self.context))
+
+    def _first(self, count: ir.Value) -> ir.Value:
+        """0, 1, ... count - 1."""
+        zero = self.builder.constant([0])
+        return self.builder.op("Slice", self._arange, zero, count, zero)
+
+    @cached_property
+    def _places(self) -> tuple[ir.Value, ir.Value]:
+        """Positions (1, S) of the sequence, and which cache positions each may see, (1, 1, S, capacity)."""
+        builder = self.builder
+        positions = builder.op("Add", self._first(builder.dim(self.embeds, 1)), self._index)
+        rows = builder.op("Unsqueeze", positions, builder.constant([0, 1, 3]))
+        mask = builder.op("LessOrEqual", self._arange, rows)
+        return builder.op("Unsqueeze", positions, builder.constant([0])), mask
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """RMSNormalization in float32, between casts where the graph is not."""
+        half = self.dtype != ir.DataType.FLOAT
+        weight = self._norm_weight(name, ir.DataType.FLOAT)
+        x = self.builder.op("Cast", x, to=ir.DataType.FLOAT) if half else x
+        x = self.builder.op("RMSNormalization", x, weight, axis=-1, epsilon=self.config.eps, name=name)
+        return self.builder.op("Cast", x, to=self.dtype) if half else x
+
+    def add_norm(self, x: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """Add, then `norm`."""
+        total = self.builder.op("Add", x, update)
+        return self.norm(total, name), total
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """RotaryEmbedding, TensorScatter into the cache, and Attention over all of it."""
+        builder, config, layer = self.builder, self.config, len(self._present)
+        positions, mask = self._places
+        q, k, v = (
+            builder.op("Transpose", builder.reshape(x, (1, -1, heads, config.head_size)), perm=[0, 2, 1, 3])
+            for x, heads in ((q, config.heads), (k, config.kv_heads), (v, config.kv_heads))
+        )
+        q, k = (builder.op("RotaryEmbedding", x, self._cos, self._sin, positions) for x in (q, k))
+        key, value = (
+            builder.op("TensorScatter", past, x, self._index, axis=2, mode="linear")
+            for past, x in zip(self._past[layer], (k, v), strict=True)
+        )
+        self._present.append((key, value))
+        name = f"model.layers.{layer}.self_attn"
+        out = builder.op("Attention", q, key, value, mask, name=name)
+        out = builder.op("Transpose", out, perm=[0, 2, 1, 3])
+        return builder.reshape(out, (1, -1, config.heads * config.head_size))
+
+
+DIALECTS: dict[str, type[Dialect]] = {"onnxruntime": OnnxRuntimeDialect, "tensorrt": TensorRtDialect}

@@ -1,0 +1,1 @@
+"""How ONNX Runtime and TensorRT store 4-bit weights, and which form a build takes."""

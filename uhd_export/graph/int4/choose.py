@@ -1,0 +1,109 @@
+"""How the language model's weights are stored in a bundle: what a user asks for, as format and record."""
+
+from dataclasses import dataclass
+
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
+from uhd_export.checkpoint.int4.linears import LM_HEAD, head_group, largest_group, linear_shapes
+from uhd_export.checkpoint.int4.weight import check_group
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.int4.formats import (
+    ByName,
+    GptqWeights,
+    Int4Dequantize,
+    MatMulNBits,
+    RoundedWeights,
+    WeightSource,
+)
+from uhd_export.graph.linear import Dense, LinearFormat
+from uhd_export.runtime.bundle.manifest import Quantization
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
+
+WEIGHTS = ("auto", "dense", "int4", "int4-rtn")
+HEADS = {"dense": None, "int8": 8, "int4": 4}
+ACTIVATIONS = {"int8": 4, "float": 1}
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """What a user may choose of the language model's weights.
+
+    `weights`: auto takes a GPTQ checkpoint as it is and others dense; dense dequantizes; int4 wants a GPTQ
+    checkpoint; int4-rtn rounds to the nearest in groups of `group` inputs (None: the largest that fits).
+    `lm_head` may be rounded too. `activations` int8 is the faster product of ONNX Runtime.
+    """
+
+    weights: str = "auto"
+    group: int | None = None
+    lm_head: str = "dense"
+    activations: str = "int8"
+
+    def __post_init__(self) -> None:
+        """Raise UhdError naming the first option out of range."""
+        for name, allowed in (("weights", WEIGHTS), ("lm_head", HEADS), ("activations", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise UhdError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+
+def resolve(checkpoint: Checkpoint, config: LanguageShape, options: WeightOptions) -> Quantization | None:
+    """What the bundle will hold, or None where nothing is quantized. Raises UhdError."""
+    weights = options.weights
+    is_gptq = isinstance(checkpoint, GptqCheckpoint)
+    if weights == "auto":
+        weights = "int4" if is_gptq else "dense"
+    if weights == "int4" and not is_gptq:
+        raise UhdError(
+            f"checkpoint {checkpoint.folder}: its weights are not quantized; make a GPTQ checkpoint with "
+            "`uhd-export quantize`, or use int4-rtn"
+        )
+    if weights == "int4-rtn" and is_gptq:
+        raise UhdError(f"checkpoint {checkpoint.folder}: is quantized already; use --weights int4")
+    if weights == "dense" and options.group is not None:
+        raise UhdError(f"group size {options.group}: is for --weights int4 and int4-rtn; leave it out")
+    if weights == "dense" and options.lm_head == "dense":
+        return None
+    group, symmetric, act_order = options.group or largest_group(config), True, False
+    if weights == "int4":
+        if options.group is not None:
+            raise UhdError(f"group {options.group}: the checkpoint's own groups are kept; leave it out")
+        names = [name for name in linear_shapes(config) if checkpoint.is_quantized(name)]
+        if not names:
+            raise UhdError(
+                f"checkpoint {checkpoint.folder}: no linear layer of the language model is quantized"
+            )
+        group = checkpoint.shape(f"{names[0]}.weight")[1] // checkpoint.groups(names[0])
+        symmetric = all(checkpoint.symmetric(name) for name in names)
+        act_order = any(checkpoint.order(name) is not None for name in names)
+    elif weights == "int4-rtn":
+        for name, (_, inputs) in linear_shapes(config).items():
+            check_group(name, inputs, group)
+    if options.lm_head != "dense":
+        check_group(LM_HEAD, config.hidden, head_group(config))
+    methods = {"int4": "gptq", "int4-rtn": "rtn", "dense": None}
+    return Quantization(methods[weights], group, symmetric, act_order, options.lm_head, options.activations)
+
+
+def linear_format(
+    checkpoint: Checkpoint, config: LanguageShape, quantization: Quantization | None, dialect: str
+) -> LinearFormat:
+    """The weight format of a language graph in `dialect`. Raises UhdError where TensorRT cannot do it."""
+
+    def form(weights: WeightSource) -> LinearFormat:
+        if dialect == "tensorrt":
+            return Int4Dequantize(weights)
+        return MatMulNBits(weights, accuracy_level=ACTIVATIONS[quantization.activations])
+
+    if quantization is None:
+        return Dense()
+    bits = HEADS[quantization.lm_head]
+    if dialect == "tensorrt" and bits == 8:
+        raise UhdError("lm_head int8: TensorRT takes dense or int4")
+    head: LinearFormat = Dense()
+    if bits is not None:
+        head = form(RoundedWeights(head_group(config), bits=bits))
+    if quantization.method == "gptq":
+        body = form(GptqWeights(checkpoint))
+        # A head that the checkpoint quantizes stays so unless another type is asked for.
+        return body if bits is None else ByName(body, {LM_HEAD: head})
+    body = Dense() if quantization.method is None else form(RoundedWeights(quantization.group))
+    return ByName(body, {LM_HEAD: head})

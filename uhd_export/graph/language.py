@@ -1,0 +1,138 @@
+"""The language model as an ONNX graph, emitted layer by layer from tensors that are read while writing.
+
+Inputs: inputs_embeds (1, S, D), the cache `past_key_values.I.key|value` (1, kv_heads, capacity, head_size),
+and the dialect's position inputs. Outputs: `logits` (1, 1, vocab) float32 of the last position, and the
+updated cache `present.I.key|value`, which a backend binds to the same buffers as the past.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.dialects import DIALECTS, Dialect
+from uhd_export.graph.linear import Dense, Linear, LinearFormat, TensorReader, TensorSource
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.decoder import LOGITS
+
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def emit_language(
+    config: LanguageShape,
+    tensors: Checkpoint | TensorReader,
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    dialect: str = "onnxruntime",
+    linear: LinearFormat | None = None,
+    context: int | None = None,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the language model to `path`, with its weights in `PATH.data` beside it.
+
+    `tensors` is a checkpoint, or a function from official tensor names to tensors. `dtype` is the type of
+    activations, cache and dense weights; `linear` the weight format (default `Dense()`); `context` the
+    number of positions of the rotary tables (default: the model's own). `on_tensor(done, total)` is called
+    before each tensor of the external data is written. One tensor is in memory at a time. Raises UhdError
+    for an unsupported dtype or dialect, a missing tensor or a wrong shape; then nothing is left at `path`.
+    """
+    if dtype not in DTYPES:
+        raise UhdError(f"language dtype: {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    if dialect not in DIALECTS:
+        raise UhdError(f"language dialect: {dialect!r} is not supported; use one of {', '.join(DIALECTS)}")
+    context = config.context if context is None else context
+    check_context(config, context)
+    source = TensorSource(tensors)
+    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context)
+    _emit(graph, linear or Dense())
+    return _save(graph, Path(path), on_tensor)
+
+
+def check_context(config: LanguageShape, context: int) -> None:
+    """Raise UhdError where the model has not been trained for `context` positions."""
+    if not 1 <= context <= config.context:
+        raise UhdError(
+            f"language context: {context} positions; the model has been trained for 1 to {config.context}"
+        )
+
+
+def _emit(graph: Dialect, linear: LinearFormat) -> None:
+    """All layers. The residual stream x and its pending update are added by the norm that follows."""
+    config, builder = graph.config, graph.builder
+    width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
+
+    def project(x: ir.Value, name: str, inputs: int, outputs: int, bias: bool = False) -> ir.Value:
+        tensor = "model.embed_tokens.weight" if name == "lm_head" and config.tied else f"{name}.weight"
+        out = linear.emit(builder, x, Linear(name, tensor, inputs, outputs, graph.dtype, graph.source))
+        if not bias:
+            return out
+        shape = (outputs,)
+        vector = builder.weight(
+            f"{name}.bias",
+            shape,
+            graph.dtype,
+            lambda: graph.source.load(f"{name}.bias", shape, graph.dtype),
+        )
+        return builder.op("Add", out, vector)
+
+    x, update = graph.embeds, None
+    for i in range(config.layers):
+        prefix = f"model.layers.{i}"
+        norm, attention, mlp = f"{prefix}.input_layernorm", f"{prefix}.self_attn", f"{prefix}.mlp"
+        if update is None:
+            normed = graph.norm(x, norm)
+        else:
+            normed, x = graph.add_norm(x, update, norm)
+        q = project(normed, f"{attention}.q_proj", config.hidden, width, config.qkv_bias)
+        k = project(normed, f"{attention}.k_proj", config.hidden, kv_width, config.qkv_bias)
+        v = project(normed, f"{attention}.v_proj", config.hidden, kv_width, config.qkv_bias)
+        mixed = graph.attention(q, k, v)
+        if i == config.layers - 1:
+            # Logits are wanted for the last position: nothing after the last attention needs the others.
+            mixed, x = _last_position(graph, mixed), _last_position(graph, x)
+        update = project(mixed, f"{attention}.o_proj", width, config.hidden)
+        normed, x = graph.add_norm(x, update, f"{prefix}.post_attention_layernorm")
+        gate = project(normed, f"{mlp}.gate_proj", config.hidden, config.intermediate)
+        up = project(normed, f"{mlp}.up_proj", config.hidden, config.intermediate)
+        silu = builder.op("Mul", gate, builder.op("Sigmoid", gate))
+        update = project(builder.op("Mul", silu, up), f"{mlp}.down_proj", config.intermediate, config.hidden)
+    normed, _ = graph.add_norm(x, update, "model.norm")
+    logits = project(normed, "lm_head", config.hidden, config.vocab)
+    if graph.dtype != ir.DataType.FLOAT:
+        logits = builder.op("Cast", logits, to=ir.DataType.FLOAT)
+    builder.output(logits, LOGITS, ir.DataType.FLOAT, (1, 1, config.vocab), direct=True)
+    graph.declare_present()
+
+
+def _last_position(graph: Dialect, x: ir.Value) -> ir.Value:
+    """(1, S, ...) to (1, 1, ...)."""
+    constant = graph.builder.constant
+    return graph.builder.op("Slice", x, constant([-1]), constant([np.iinfo(np.int64).max]), constant([1]))
+
+
+def _user_error(error: BaseException | None) -> UhdError | None:
+    """The UhdError behind `error`: the serializer wraps what reading a small tensor raises."""
+    while error is not None and not isinstance(error, UhdError):
+        error = error.__cause__
+    return error
+
+
+def _save(graph: Dialect, path: Path, on_tensor: Callable[[int, int], None] | None) -> Path:
+    """Write both files in a temporary folder beside `path`, then move them: the weights, then the model."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        try:
+            graph.builder.save(written, on_tensor)
+        except ir.serde.SerdeError as error:
+            raise _user_error(error) or error from None
+        data = written.with_name(f"{path.name}.data")
+        if data.exists():  # absent where every tensor is small enough to lie in the model itself
+            os.replace(data, path.with_name(data.name))
+        os.replace(written, path)
+    return path

@@ -1,0 +1,127 @@
+"""`vision.onnx`: pixels of equal crops to language-model tokens, at any crop shape.
+
+Geometry enters as input tensors (`runtime/image/geometry.py`), so one file serves every shape, batch and
+grid mode. Node names start with `vit/`, `jbu/` or `hiwin/`, which is how profiles are read by stage.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
+from uhd_export.graph.hiwin import emit_folded, emit_hiwin, emit_v1
+from uhd_export.graph.vit import emit_vit
+from uhd_export.graph.weights import Weights
+from uhd_export.model.folding import FoldedProjector
+from uhd_export.model.folding import fold as fold_weights
+from uhd_export.model.projector import HiwinProjector
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.plugins.jbu.onnx_op import add_jbu
+from uhd_export.runtime.image.geometry import crop_geometry
+
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def emit_vision(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    fold: bool = True,
+    dtype: str = "float32",
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the vision graph of `checkpoint` to `path`, its weights beside it.
+
+    Inputs: `pixels` (B, 3, 14h, 14w) float32 and the float32 matrices of `crop_geometry`.
+    Output: `tokens` (B, side^2, D) float32. `dtype` is the type of weights and
+    activations; norms and softmax sums are float32 throughout. With `fold` the Hiwin
+    projector is folded exactly (`uhd_export.model.folding`); without, and for v1, it is the released
+    computation.
+    """
+    b = GraphBuilder("vision")
+    kind = DTYPES[dtype]
+    pixels = b.input("pixels", ir.DataType.FLOAT, ["batch", 3, "height", "width"])
+    geometry = {}
+    for name, matrix in _geometry(config).items():
+        shape = [f"{name}_{i}" for i in range(matrix.ndim)]
+        geometry[name] = b.input(name, ir.DataType.FLOAT, shape)
+    if kind != ir.DataType.FLOAT:
+        pixels = b.op("Cast", pixels, to=kind)
+        geometry = {name: b.op("Cast", value, to=kind) for name, value in geometry.items()}
+    with b.scope("vit"):
+        weights = Weights(b, checkpoint, VISION_PREFIX, kind)
+        features = emit_vit(b, config.vision, weights, pixels, geometry)
+    weights = Weights(b, checkpoint, PROJECTOR_PREFIX, kind)
+    if config.projector.kind == "v1":
+        with b.scope("hiwin"):
+            tokens = emit_v1(b, config.projector, weights, features, geometry)
+    else:
+        with b.scope("jbu"):
+            maps = _emit_pyramid(b, config, weights, features, pixels, geometry, plain=not fold)
+        with b.scope("hiwin"):
+            if fold:
+                tokens = emit_folded(b, config.projector, _fold(config, checkpoint), weights, maps, geometry)
+            else:
+                tokens = emit_hiwin(b, config.projector, weights, maps, geometry)
+    if kind != ir.DataType.FLOAT:
+        tokens = b.op("Cast", tokens, to=ir.DataType.FLOAT)
+    b.output(
+        tokens, "tokens", ir.DataType.FLOAT, ["batch", config.projector.side**2, config.projector.hidden]
+    )
+    b.save(path, on_tensor)
+
+
+def _geometry(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Geometry of some crop, for the names and ranks of the inputs."""
+    projector = config.projector
+    return crop_geometry(24, 24, levels=projector.levels, side=projector.side, table=config.vision.table)
+
+
+def _fold(config: ModelConfig, checkpoint: Checkpoint) -> FoldedProjector:
+    with torch.device("meta"):
+        projector = HiwinProjector(config.projector)
+    checkpoint.load_into(projector, PROJECTOR_PREFIX, torch.float32)
+    return fold_weights(projector)
+
+
+def _emit_pyramid(
+    b: GraphBuilder,
+    config: ModelConfig,
+    weights: Weights,
+    features: ir.Value,
+    pixels: ir.Value,
+    geometry: dict[str, ir.Value],
+    *,
+    plain: bool,
+) -> dict[int, ir.Value]:
+    """Every scale's map (B, s*h, s*w, C); with `plain`, the last one's fix-up is applied too."""
+    maps = {1: features}
+    for i, scale in enumerate(config.projector.stages):
+        stage = f"upsampler.upsampler.up{i + 1}."
+        x = b.op("MatMul", geometry[f"guidance_{scale}x_y"], pixels)
+        x = b.op("MatMul", x, b.op("Transpose", geometry[f"guidance_{scale}x_x"], perm=[1, 0]))
+        guidance = b.op("Transpose", x, perm=[0, 2, 3, 1])
+        parameters = [
+            weights.linear(stage + "range_proj.0"),
+            weights.bias(stage + "range_proj.0"),
+            weights.linear(stage + "range_proj.3"),
+            weights.bias(stage + "range_proj.3"),
+            weights.plain(stage + "range_temp"),
+            weights.plain(stage + "sigma_spatial"),
+            weights.linear(stage + "fixup_proj.0"),
+            weights.bias(stage + "fixup_proj.0"),
+            weights.linear(stage + "fixup_proj.3"),
+            weights.bias(stage + "fixup_proj.3"),
+        ]
+        upsample = geometry[f"upsample_{scale}x_y"], geometry[f"upsample_{scale}x_x"]
+        features = maps[scale] = add_jbu(b, features, guidance, *parameters, *upsample, plain=plain)
+    if plain and config.projector.stages:
+        fixup = "upsampler.upsampler.fixup_proj.1"
+        x = b.op("Add", b.op("MatMul", features, weights.linear(fixup)), weights.bias(fixup))
+        maps[scale] = b.op("Add", features, b.op("Mul", x, weights.number(0.1)))
+    return maps

@@ -1,0 +1,78 @@
+"""The vision tower in ONNX: the twin of `uhd_export.model.vit`."""
+
+import onnx_ir as ir
+
+from uhd_export.graph.weights import Weights
+from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.runtime.config import VisionShape
+
+
+def emit_vit(
+    b: GraphBuilder, config: VisionShape, weights: Weights, pixels: ir.Value, geometry: dict[str, ir.Value]
+) -> ir.Value:
+    """(B, 3, 14h, 14w) pixels to (B, h, w, C) features of the last layer but one."""
+    batch = b.dim(pixels, 0)
+    x = b.op("Add", _patches(b, config, weights, pixels, batch), _positions(b, config, weights, geometry))
+    x = weights.layer_norm(x, "pre_layrnorm", config.eps)
+    for i in range(config.layers):
+        with b.scope(f"layer{i}"):
+            x = _layer(b, config, weights, x, f"encoder.layers.{i}")
+    x = b.op("Slice", x, b.constant([1]), b.constant([2**31 - 1]), b.constant([1]))
+    rows, cols = b.dim(geometry["position_y"], 0), b.dim(geometry["position_x"], 0)
+    return b.op("Reshape", x, b.concat_shape(batch, rows, cols, config.hidden))
+
+
+def _patches(
+    b: GraphBuilder, config: VisionShape, weights: Weights, pixels: ir.Value, batch: ir.Value
+) -> ir.Value:
+    """Class token and patches, (B, 1 + h*w, C)."""
+    kernel = weights.plain("embeddings.patch_embedding.weight")
+    patch = [config.patch, config.patch]
+    x = b.op("Conv", pixels, kernel, strides=patch, kernel_shape=patch)
+    x = b.op("Transpose", b.op("Reshape", x, b.constant([0, 0, -1])), perm=[0, 2, 1])
+    cls = b.op("Expand", weights.plain("embeddings.class_embedding"), b.concat_shape(batch, 1, config.hidden))
+    return b.op("Concat", cls, x, axis=1)
+
+
+def _positions(
+    b: GraphBuilder, config: VisionShape, weights: Weights, geometry: dict[str, ir.Value]
+) -> ir.Value:
+    """The position table at the crop's grid, (1 + h*w, C), by two separable products."""
+    table = weights.plain("embeddings.position_embedding.weight")
+    cls, grid = b.op("Split", table, b.constant([1, config.table**2]), axis=0, outputs=2)
+    y, x = geometry["position_y"], geometry["position_x"]
+    grid = b.op("MatMul", y, b.reshape(grid, [config.table, -1]))
+    grid = b.op("MatMul", x, b.reshape(grid, [-1, config.table, config.hidden]))
+    return b.op("Concat", cls, b.reshape(grid, [-1, config.hidden]), axis=0)
+
+
+def _layer(b: GraphBuilder, config: VisionShape, weights: Weights, x: ir.Value, name: str) -> ir.Value:
+    x = b.op(
+        "Add",
+        x,
+        _attention(b, config, weights, weights.layer_norm(x, f"{name}.layer_norm1", config.eps), name),
+    )
+    y = weights.layer_norm(x, f"{name}.layer_norm2", config.eps)
+    y = _linear(b, weights, y, f"{name}.mlp.fc1")
+    y = b.op("Mul", y, b.op("Sigmoid", b.op("Mul", y, weights.number(1.702))))  # quick_gelu
+    return b.op("Add", x, _linear(b, weights, y, f"{name}.mlp.fc2"))
+
+
+def _attention(b: GraphBuilder, config: VisionShape, weights: Weights, x: ir.Value, name: str) -> ir.Value:
+    """Self-attention with one product for q, k and v."""
+    size = config.hidden // config.heads
+    qkv = _linear(b, weights, x, *(f"{name}.self_attn.{p}_proj" for p in "qkv"))
+    qkv = b.reshape(qkv, [0, 0, 3, config.heads, size])
+    qkv = b.op("Transpose", qkv, perm=[2, 0, 3, 1, 4])
+    q, k, v = (
+        b.op("Squeeze", part, b.constant([0]))
+        for part in b.op("Split", qkv, axis=0, num_outputs=3, outputs=3)
+    )
+    q = b.op("Mul", q, weights.number(size**-0.5))
+    scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    x = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+    return _linear(b, weights, b.reshape(x, [0, 0, config.hidden]), f"{name}.self_attn.out_proj")
+
+
+def _linear(b: GraphBuilder, weights: Weights, x: ir.Value, *names: str) -> ir.Value:
+    return b.op("Add", b.op("MatMul", x, weights.linear(*names)), weights.bias(*names))

@@ -1,0 +1,162 @@
+"""Exact folding of the Hiwin projector: the same function with an order of magnitude less work.
+
+Per level, LayerNorm after a Linear is a linear map times one scalar a pixel:
+LN(Wx + b) = g * (A [x; 1]) * s(x) + beta, with A = [W b] minus its mean over the outputs and
+s(x) = (|A [x; 1]|^2 / D + eps)^-1/2, where |A [x; 1]| = |R [x; 1]| for the small triangular R of
+A = QR. So pixels are scaled by s, pooled in vision channels, and projected only after the attention
+has mixed them. Queries are parameters: each becomes one vector a window, head and query set. Weights
+are folded in float64. Derivation: docs/folding.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from uhd_export.model.projector import LN_EPS, QUERY_SETS, HiwinProjector
+from uhd_export.model.vit import Geometry
+from uhd_export.plugins.jbu.reference import FIXUP
+from uhd_export.plugins.window_attention.reference import Level, Mixed, window_attention
+
+
+@dataclass(frozen=True)
+class FoldedLevel:
+    """One level's folded weights; letters as in uhd_export.plugins.window_attention.reference."""
+
+    norm_weight: torch.Tensor  # (C, R): features to the vector whose length is the LayerNorm's
+    norm_bias: torch.Tensor  # (R,)
+    query: torch.Tensor  # (N, C, Q)
+    query_scale: torch.Tensor  # (N, Q)
+    query_mass: torch.Tensor  # (N, Q)
+    value: torch.Tensor  # (heads, C, head size)
+    value_moments: torch.Tensor  # (heads, 2, head size): of the mixed scale and mass
+
+
+@dataclass(frozen=True)
+class FoldedProjector:
+    """All folded weights of a Hiwin projector."""
+
+    scales: tuple[int, ...]
+    hidden: int
+    levels: tuple[FoldedLevel, ...]
+    query_position: torch.Tensor  # (N, Q, side^2)
+    value_bias: torch.Tensor  # (D,)
+    out_weight: torch.Tensor  # (D, D), in x out
+    out_bias: torch.Tensor
+    cat_weight: torch.Tensor  # (4D, D), in x out, ln_proj's affine folded in
+    cat_bias: torch.Tensor
+    proj_weight: torch.Tensor  # (D, D), in x out, ln_post's affine folded in
+    proj_bias: torch.Tensor
+
+
+def fold(projector: HiwinProjector) -> FoldedProjector:
+    """Fold the weights of `projector`; the result holds float32 tensors."""
+    wide = {name: p.detach().double() for name, p in projector.named_parameters()}
+    heads, d = projector.attn.heads, len(projector.proj)
+    w_q, w_k, w_v = wide["attn.in_proj_weight"].chunk(3)
+    b_q, _, b_v = wide["attn.in_proj_bias"].chunk(3)  # the key bias cancels in the softmax
+    gain, shift = wide["ln_kv.weight"], wide["ln_kv.bias"]
+    maps = {scale: _centred(projector, wide, scale) for scale in projector.levels}
+    embeddings = {scale: wide[f"feature_{scale}x_embedding"].reshape(-1) for scale in projector.levels}
+
+    queries = [
+        F.layer_norm(wide[f"query_{i}"], (d,), wide["ln_q.weight"], wide["ln_q.bias"], LN_EPS)
+        + wide["pos_embed"]
+        for i in QUERY_SETS
+    ]
+    query = F.linear(torch.stack(queries, 1), w_q, b_q).unflatten(-1, (heads, -1))  # (N, sets, heads, size)
+    query = query * query.shape[-1] ** -0.5
+
+    position, by_level = [], {scale: [] for scale in projector.levels}
+    for head, key_weight in enumerate(w_k.unflatten(0, (heads, -1))):
+        seen = query[:, :, head] @ key_weight  # (N, sets, D): what a key of D channels is multiplied by
+        position.append(seen @ wide["pos_embed"].T)
+        for scale in projector.levels:
+            folded = (seen * gain) @ maps[scale]  # (N, sets, C + 1)
+            mass = seen @ (shift + embeddings[scale])
+            by_level[scale].append(torch.cat([folded, mass[..., None]], -1).float())
+
+    value_weight = (w_v * gain).unflatten(0, (heads, -1))  # (heads, size, D)
+    value_mass = F.linear(shift, w_v).unflatten(0, (heads, -1))
+    levels = []
+    for scale in projector.levels:
+        parts = torch.cat(by_level[scale], 1)  # (N, Q, C + 2), the head as the slow axis
+        value = (value_weight @ maps[scale]).transpose(1, 2)  # (heads, C + 1, size)
+        triangle = torch.linalg.qr(maps[scale], mode="r").R
+        levels.append(
+            FoldedLevel(
+                norm_weight=triangle[:, :-1].T.float().contiguous(),
+                norm_bias=triangle[:, -1].float(),
+                query=parts[..., :-2].transpose(1, 2).contiguous(),
+                query_scale=parts[..., -2].contiguous(),
+                query_mass=parts[..., -1].contiguous(),
+                value=value[:, :-1].float().contiguous(),
+                value_moments=torch.stack([value[:, -1], value_mass], 1).float(),
+            )
+        )
+    sets = len(QUERY_SETS)
+    cat, proj = wide["cat_proj.weight"], wide["proj"]
+    return FoldedProjector(
+        scales=projector.levels,
+        hidden=d,
+        levels=tuple(levels),
+        query_position=torch.cat(position, 1).float(),
+        value_bias=b_v.float(),
+        out_weight=wide["attn.out_proj.weight"].T.float().contiguous(),
+        out_bias=wide["attn.out_proj.bias"].float(),
+        cat_weight=(cat * wide["ln_proj.weight"].repeat(sets)).T.float().contiguous(),
+        cat_bias=(wide["cat_proj.bias"] + cat @ wide["ln_proj.bias"].repeat(sets)).float(),
+        proj_weight=(wide["ln_post.weight"][:, None] * proj).float(),
+        proj_bias=(wide["ln_post.bias"] @ proj).float(),
+    )
+
+
+def _centred(projector: HiwinProjector, wide: dict[str, torch.Tensor], scale: int) -> torch.Tensor:
+    """A = [W b] minus its mean over the outputs, (D, C + 1); JBU's last fix-up folded in."""
+    weight, bias = wide[f"features_{scale}x_projector.weight"], wide[f"features_{scale}x_projector.bias"]
+    if scale > 1 and scale == projector.upsampler.upsampler.scales[-1]:
+        fixup = wide["upsampler.upsampler.fixup_proj.1.weight"].flatten(1)
+        bias = bias + FIXUP * (weight @ wide["upsampler.upsampler.fixup_proj.1.bias"])
+        weight = weight + FIXUP * (weight @ fixup)
+    augmented = torch.cat([weight, bias[:, None]], 1)
+    return augmented - augmented.mean(0)
+
+
+def pixel_scale(features: torch.Tensor, level: FoldedLevel, hidden: int) -> torch.Tensor:
+    """The LayerNorm's scalar s of each pixel, (B, H, W), from (B, H, W, C) features; summed in float32."""
+    length = (features @ level.norm_weight + level.norm_bias).float().square().sum(-1)
+    return torch.rsqrt(length / hidden + LN_EPS).to(features.dtype)
+
+
+def folded_tokens(
+    folded: FoldedProjector,
+    maps: dict[int, torch.Tensor],
+    geometry: Geometry,
+    attend: Callable[[list[Level], torch.Tensor, int], list[Mixed]] = window_attention,
+) -> torch.Tensor:
+    """(B, N, D) tokens from the raw JBU maps (before the last fix-up).
+
+    In plain PyTorch, or with a kernel's `attend` in place of the reference.
+    """
+    inputs = [
+        Level(
+            maps[scale],
+            pixel_scale(maps[scale], level, folded.hidden),
+            *(geometry[f"{name}_{scale}x_{axis}"] for name in ("roi", "window_position") for axis in "yx"),
+            level.query,
+            level.query_scale,
+            level.query_mass,
+        )
+        for scale, level in zip(folded.scales, folded.levels, strict=True)
+    ]
+    mixed = attend(inputs, folded.query_position, len(QUERY_SETS))
+    attended = sum(
+        torch.einsum("hnbsc,hcd->bnshd", part.rows, level.value)
+        + torch.einsum("hnbsm,hmd->bnshd", part.moments, level.value_moments)
+        for part, level in zip(mixed, folded.levels, strict=True)
+    )
+    attended = attended.flatten(-2) + folded.value_bias
+    x = F.layer_norm(attended @ folded.out_weight + folded.out_bias, (folded.hidden,), eps=LN_EPS)
+    x = F.layer_norm(x.flatten(-2) @ folded.cat_weight + folded.cat_bias, (folded.hidden,), eps=LN_EPS)
+    return x @ folded.proj_weight + folded.proj_bias

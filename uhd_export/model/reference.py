@@ -1,0 +1,98 @@
+"""The PyTorch reference a part at a time, so that a bundle can be checked where the whole model does not fit.
+
+The vision part is loaded alone; the language model runs layer by layer, each layer's weights read
+when it is due and dropped after it. Both compute in float32.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
+from uhd_export.model.language import DecoderLayer, RMSNorm, rotary_tables
+from uhd_export.model.projector import HiwinProjector, V1Projector
+from uhd_export.model.vit import VisionTower
+from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.pixels import cut, normalise
+from uhd_export.runtime.language.sequence import Picture, PromptSequence
+
+_EMBED_TOKENS = "model.embed_tokens.weight"
+
+
+class VisionReference:
+    """Vision tower and projector as released, in float32."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, *, boxes: str = "exact") -> None:
+        self._config, self._boxes = config, boxes
+        kinds = {"hiwin": HiwinProjector, "v1": V1Projector}
+        with torch.device("meta"):
+            self._tower = VisionTower(config.vision)
+            self._projector = kinds[config.projector.kind](config.projector)
+        checkpoint.load_into(self._tower, VISION_PREFIX, torch.float32)
+        checkpoint.load_into(self._projector, PROJECTOR_PREFIX, torch.float32)
+
+    @torch.inference_mode()
+    def encode(self, crop: np.ndarray, grid: str) -> np.ndarray:
+        """float32 (tokens, D) of one uint8 (h, w, 3) crop."""
+        vision, projector = self._config.vision, self._config.projector
+        geometry = crop_geometry(
+            crop.shape[0] // vision.patch,
+            crop.shape[1] // vision.patch,
+            levels=sorted({1, *projector.stages, *projector.levels}),
+            grid=grid,
+            side=projector.side,
+            table=vision.table,
+            patch=vision.patch,
+            boxes=self._boxes,
+        )
+        tensors = {name: torch.from_numpy(matrix) for name, matrix in geometry.items()}
+        pixels = torch.from_numpy(normalise(crop))[None]
+        return self._projector(self._tower(pixels, tensors), pixels, tensors)[0].numpy()
+
+
+def reference_embeds(checkpoint: Checkpoint, vision: VisionReference, sequence: PromptSequence) -> np.ndarray:
+    """float32 (S, D) embeddings of `sequence`."""
+    table = checkpoint.tensor(_EMBED_TOKENS)
+    pieces = []
+    for segment in sequence.segments:
+        shown = segment.content
+        if not isinstance(shown, Picture):
+            pieces.append(table[list(shown)].float())
+            continue
+        crops = [vision.encode(crop, shown.grid) for crop in cut(shown.image, shown.plan)]
+        rows = torch.from_numpy(np.concatenate(crops)[np.maximum(shown.source, 0)])
+        separators = torch.from_numpy(shown.source < 0)
+        rows[separators] = table[torch.from_numpy(shown.tokens)[separators]].float()
+        pieces.append(rows)
+    return torch.cat(pieces).numpy()
+
+
+@torch.inference_mode()
+def streamed_logits(checkpoint: Checkpoint, config: ModelConfig, embeds: np.ndarray, last: int) -> np.ndarray:
+    """float32 (last, vocab) logits of the `last` positions of (S, D) embeddings."""
+    language = config.language
+    tables = rotary_tables(language, torch.arange(len(embeds)))
+    x = torch.from_numpy(embeds)[None]
+    for index in range(language.layers):
+        x = _layer(checkpoint, language, index)(x, *tables, [None], 0)
+    with torch.device("meta"):
+        norm = RMSNorm(language.hidden, language.eps)
+    checkpoint.load_into(norm, "model.norm.", torch.float32)
+    head = checkpoint.tensor(checkpoint.head(language.tied), torch.float32)
+    return F.linear(norm(x[0, -last:]), head).numpy()
+
+
+def _layer(checkpoint: Checkpoint, language: LanguageShape, index: int) -> DecoderLayer:
+    with torch.device("meta"):
+        layer = DecoderLayer(language)
+    checkpoint.load_into(layer, f"model.layers.{index}.", torch.float32)
+    return layer
+
+
+def embedding_rows(checkpoint: Checkpoint, ids: Sequence[int]) -> np.ndarray:
+    """float32 (S, D) rows of the embedding table."""
+    return checkpoint.tensor(_EMBED_TOKENS)[list(ids)].float().numpy()

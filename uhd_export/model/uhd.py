@@ -1,0 +1,210 @@
+"""The whole model in PyTorch: the reference that every exported part is checked against."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from uhd_export.checkpoint.config import ModelConfig, check_image_options, read_config
+from uhd_export.checkpoint.fields import choice
+from uhd_export.checkpoint.int4.gptq import open_checkpoint
+from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
+from uhd_export.checkpoint.source import source_folder
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.projector import HiwinProjector, V1Projector
+from uhd_export.model.vit import Geometry, VisionTower
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.layout import layout_indices
+from uhd_export.runtime.image.pixels import cut, normalise, open_image
+from uhd_export.runtime.image.slicing import MAX_SLICES, SlicePlan, plan_slices
+from uhd_export.runtime.language import prompt as prompts
+
+ImageLike = str | Path | Image.Image | np.ndarray
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class UhdModel:
+    """LLaVA-UHD v2 in plain PyTorch. Make one with `load_model`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        grid: str,
+        max_slices: int,
+        resize: int | None,
+        boxes: str,
+    ) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.grid, self.max_slices, self.resize, self.boxes = grid, max_slices, resize, boxes
+        modules = _modules(config)
+        self.vision_tower, self.projector, self.language = modules.values()
+        checkpoint = open_checkpoint(folder)
+        refuse_unknown(checkpoint, config)
+        for prefix, module in modules.items():
+            checkpoint.load_into(module, prefix, dtype)
+        checkpoint.close()
+        self._tokenizer = None
+
+    def plan(self, image: Image.Image) -> SlicePlan:
+        """How `image` is cut."""
+        return plan_slices(
+            image.size, max_slices=self.max_slices, resize=self.resize, upscale_only=self.config.upscale_only
+        )
+
+    def geometry(self, rows: int, cols: int) -> Geometry:
+        """The geometry tensors of a crop of rows x cols patches."""
+        projector = self.config.projector
+        scales = sorted({1, *projector.stages, *projector.levels})
+        arrays = crop_geometry(
+            rows,
+            cols,
+            levels=scales,
+            grid=self.grid,
+            side=projector.side,
+            table=self.config.vision.table,
+            patch=self.config.vision.patch,
+            boxes=self.boxes,
+        )
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @torch.inference_mode()
+    def encode_crops(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 14h, 14w) normalised pixels of equal crops to (B, side^2, D) tokens."""
+        patch = self.config.vision.patch
+        geometry = self.geometry(pixels.shape[2] // patch, pixels.shape[3] // patch)
+        pixels = pixels.to(self.dtype)
+        return self.projector(self.vision_tower(pixels, geometry), pixels, geometry)
+
+    def encode_image(self, image: ImageLike) -> list[torch.Tensor]:
+        """One (tokens, D) tensor a crop: slices first, row by row, the overview last."""
+        return self._encode(open_image(image))[1]
+
+    def _encode(self, image: Image.Image) -> tuple[SlicePlan, list[torch.Tensor]]:
+        plan = self.plan(image)
+        crops = [torch.from_numpy(normalise(crop)) for crop in cut(image, plan)]
+        tokens = []
+        if len(crops) > 1:
+            tokens.extend(self.encode_crops(torch.stack(crops[:-1])))
+        tokens.extend(self.encode_crops(crops[-1][None]))
+        return plan, tokens
+
+    def input_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of `prompt`, -200 where an image goes."""
+        if isinstance(prompt, str) and self._tokenizer is None:
+            self._tokenizer = checkpoint_tokenizer(self.folder)
+        return prompts.encode(self._tokenizer, prompt)
+
+    @torch.inference_mode()
+    def inputs_embeds(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]
+    ) -> torch.Tensor:
+        """(1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        ids = self.input_ids(prompt)
+        if ids.count(prompts.IMAGE_ID) != len(images):
+            raise UhdError(
+                f"prompt has {ids.count(prompts.IMAGE_ID)} <image> markers for {len(images)} images"
+            )
+        if not ids:
+            raise UhdError("prompt: empty; ask a question")
+        vocab = self.config.language.vocab
+        for token in ids:
+            if token != prompts.IMAGE_ID and not 0 <= token < vocab:
+                raise UhdError(f"prompt: token id {token} is outside the vocabulary of {vocab}")
+        rest, table = iter(images), self.language.model.embed_tokens
+        pieces = []
+        for token in ids:
+            if token == prompts.IMAGE_ID:
+                pieces.append(self._visual_embeds(next(rest)))
+            else:
+                pieces.append(table(torch.tensor([token])))
+        return torch.cat(pieces)[None]
+
+    def _visual_embeds(self, image: ImageLike) -> torch.Tensor:
+        plan, crops = self._encode(open_image(image))
+        source, tokens = layout_indices(
+            plan.grid,
+            layout=self.config.layout,
+            side=self.config.projector.side,
+            separators=self.config.separators,
+        )
+        source, tokens = torch.from_numpy(source), torch.from_numpy(tokens)
+        out = torch.cat(crops)[source.clamp(min=0)]
+        out[source < 0] = self.language.model.embed_tokens(tokens[source < 0])
+        return out
+
+    @torch.inference_mode()
+    def logits(self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]) -> torch.Tensor:
+        """(1, S, vocab) logits."""
+        return self.language(self.inputs_embeds(image, prompt))
+
+    @torch.inference_mode()
+    def generate_ids(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int], max_new_tokens: int
+    ) -> list[int]:
+        """Greedy continuation; ends before `max_new_tokens` after an end-of-text token."""
+        embeds, cache, out = self.inputs_embeds(image, prompt), self.language.new_cache(), []
+        while len(out) < max_new_tokens:
+            token = int(self.language(embeds, cache, last_only=True)[0, -1].argmax())
+            out.append(token)
+            if token in self.config.language.eos:
+                break
+            embeds = self.language.model.embed_tokens(torch.tensor([[token]]))
+        return out
+
+
+def _modules(config: ModelConfig) -> dict[str, torch.nn.Module]:
+    """The model's three parts by the prefix of their tensors, on the meta device: they hold no memory."""
+    projector = HiwinProjector if config.projector.kind == "hiwin" else V1Projector
+    with torch.device("meta"):
+        return {
+            VISION_PREFIX: VisionTower(config.vision),
+            PROJECTOR_PREFIX: projector(config.projector),
+            "": LanguageModel(config.language),
+        }
+
+
+def refuse_unknown(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise UhdError naming tensors of `checkpoint` that the model of `config` has no place for."""
+    modules = _modules(config).items()
+    used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
+    last = f"encoder.layers.{config.vision.layers}."
+    checkpoint.refuse_unknown(used, lambda n: last in n or (config.language.tied and n == "lm_head.weight"))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    config: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    layout: str | None = None,
+    mask: int | None = None,
+    grid: str = "selective",
+    max_slices: int = MAX_SLICES,
+    resize: int | None = None,
+    boxes: str | None = None,
+) -> UhdModel:
+    """Load a LLaVA-UHD checkpoint, a folder, a Hugging Face hub id or "nano", as a PyTorch model.
+
+    `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
+    that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
+    `grid` selective, fix or pyramid; `resize` the longest side before slicing, or None; `boxes`
+    exact or bf16, by default as the released code in `dtype`.
+    Raises UhdError for whatever is missing, broken or not supported.
+    """
+    choice("dtype", dtype, DTYPES)
+    boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
+    check_image_options(layout, grid, max_slices, resize, boxes)
+    folder = source_folder(source)
+    parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
+    return UhdModel(
+        folder, parsed, DTYPES[dtype], grid=grid, max_slices=max_slices, resize=resize, boxes=boxes
+    )
