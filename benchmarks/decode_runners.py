@@ -239,11 +239,11 @@ def emit_wide(folder: Path) -> dict[str, float]:
 
 
 def llama_config(size: dict[str, int]):
-    """A LanguageShape of LLaMA with the given Hugging Face fields."""
-    from uhd_export.runtime.config import LanguageShape
+    """A LanguageConfig of LLaMA with the given Hugging Face fields."""
+    from uhd_export.runtime.config import LanguageConfig
 
     heads = size["num_attention_heads"]
-    return LanguageShape(
+    return LanguageConfig(
         kind="llama",
         hidden=size["hidden_size"],
         intermediate=size["intermediate_size"],

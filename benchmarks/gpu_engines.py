@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from attempts import Unavailable
 
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.graph.int4.formats import ByName, Description, Int4Dequantize, MatMulNBits
 from uhd_export.graph.language import emit_language
 from uhd_export.graph.linear import Dense, Linear
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.engines.tensorrt.backend import (
@@ -55,7 +55,7 @@ def choose_backend(capability: str) -> str:
     raise Unavailable("; ".join(reasons))
 
 
-def vision_engine(graph: Path, config: ModelConfig, capability: str, *, plugins: bool) -> TensorrtEngine:
+def vision_engine(graph: Path, config: CheckpointConfig, capability: str, *, plugins: bool) -> TensorrtEngine:
     """The engine of the vision graph at `graph` for this GPU."""
     backend = choose_backend(capability)
     options = EngineOptions(backend, (capability,), plugins=plugins)
@@ -140,7 +140,7 @@ class Repeated:
         return self._made[shape]
 
 
-def emit_int4(config: LanguageShape, path: Path, dialect: str, context: int) -> Path:
+def emit_int4(config: LanguageConfig, path: Path, dialect: str, context: int) -> Path:
     """A random language model of `config` in int4, its head in float16."""
     width, kv = config.heads * config.head_size, config.kv_heads * config.head_size
     biases = {"q_proj": width, "k_proj": kv, "v_proj": kv}
@@ -159,7 +159,7 @@ def emit_int4(config: LanguageShape, path: Path, dialect: str, context: int) -> 
 
 
 def language_engine(
-    config: LanguageShape, folder: Path, kind: str, capability: str, context: int
+    config: LanguageConfig, folder: Path, kind: str, capability: str, context: int
 ) -> tuple[Engine, Path]:
     """A random int4 model of `config` on the GPU, and its graph; `kind` is tensorrt or onnxruntime."""
     if kind == "onnxruntime":
@@ -178,12 +178,12 @@ def language_engine(
         raise Unavailable(str(error)) from None
 
 
-def random_embeds(config: LanguageShape, count: int) -> np.ndarray:
+def random_embeds(config: LanguageConfig, count: int) -> np.ndarray:
     """(1, count, D) embeddings."""
     return np.random.default_rng(0).standard_normal((1, count, config.hidden), np.float32)
 
 
-def language_error(config: LanguageShape, folder: Path, kind: str, capability: str) -> float:
+def language_error(config: LanguageConfig, folder: Path, kind: str, capability: str) -> float:
     """Relative error of the logits of a two-layer cut against ONNX Runtime on the CPU, after 32 positions."""
     cut = replace(config, layers=2)
     embeds = random_embeds(cut, 32)
@@ -193,7 +193,7 @@ def language_error(config: LanguageShape, folder: Path, kind: str, capability: s
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def decode_times(engine: Engine, config: LanguageShape, context: int, prompt: int, steps: int) -> dict:
+def decode_times(engine: Engine, config: LanguageConfig, context: int, prompt: int, steps: int) -> dict:
     """Seconds of a prefill of `prompt` positions, and of each of `steps` decoded after it."""
     decoder, embeds = Decoder(engine, context), random_embeds(config, prompt + steps)
     begun = time.perf_counter()

@@ -6,16 +6,16 @@ import torch
 
 from uhd_export.calibration.quality import Accuracy
 from uhd_export.calibration.sequences import greedy_tokens
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import VisionReference, reference_embeds
 from uhd_export.nano.evaluate import held_out_question
 from uhd_export.runtime.language.prompt import encode, render
-from uhd_export.runtime.language.sequence import PromptSequence, picture
+from uhd_export.runtime.language.sequence import PromptSequence, plan_image
 from uhd_export.runtime.progress import Bar
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.settings import Settings
 
 _LONGEST = 8
 
@@ -24,8 +24,8 @@ _LONGEST = 8
 def measure_accuracy(
     weights: Mapping[str, Checkpoint],
     vision_from: Checkpoint,
-    config: ModelConfig,
-    run: RunConfig,
+    config: CheckpointConfig,
+    settings: Settings,
     count: int,
     bar: Bar,
 ) -> Accuracy:
@@ -34,13 +34,13 @@ def measure_accuracy(
     The language models are loaded whole: this is for the embedded model, a few megabytes.
     """
     tokenizer = checkpoint_tokenizer(vision_from.folder)
-    vision = VisionReference(vision_from, config, boxes=run.boxes)
+    vision = VisionReference(vision_from, config, roi_rounding=settings.roi_rounding)
     models = {name: _load(checkpoint, config) for name, checkpoint in weights.items()}
     exact = dict.fromkeys(models, 0)
     for index in range(count):
         image, question, expected = held_out_question(index)
-        shown = picture(image, run, side=config.projector.side, patch=config.vision.patch)
-        sequence = PromptSequence(encode(tokenizer, render(question, run.template)), [shown])
+        planned = plan_image(image, settings, side=config.projector.side, patch=config.vision.patch)
+        sequence = PromptSequence(encode(tokenizer, render(question, settings.template)), [planned])
         embeds = torch.from_numpy(reference_embeds(vision_from, vision, sequence))
         for name, model in models.items():
             tokens = greedy_tokens(model, embeds, _LONGEST)
@@ -49,7 +49,7 @@ def measure_accuracy(
     return Accuracy(count, exact)
 
 
-def _load(checkpoint: Checkpoint, config: ModelConfig) -> LanguageModel:
+def _load(checkpoint: Checkpoint, config: CheckpointConfig) -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(config.language)
     checkpoint.load_into(model, "", torch.float32)

@@ -1,4 +1,4 @@
-"""The quality report as a picture: the error of each linear, by layer and module."""
+"""The quality report as a chart: the error of each linear, by layer and module."""
 
 import math
 from pathlib import Path

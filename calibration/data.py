@@ -25,7 +25,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Pair:
-    """Images, as paths or pictures, and a conversation about them; `where` names its origin in errors."""
+    """Images, as paths or opened, and a conversation about them; `where` names its origin in errors."""
 
     images: tuple[Path | Image.Image, ...]
     turns: tuple[Turn, ...]

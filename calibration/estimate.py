@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from uhd_export.calibration.gptq import ERROR_ROWS
 from uhd_export.calibration.sequences import SequenceOptions
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import layer_linears
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.memory import available_memory
@@ -39,7 +39,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: ModelConfig, options: SequenceOptions, batch: int, questions: int = 0
+    config: CheckpointConfig, options: SequenceOptions, batch: int, questions: int = 0
 ) -> MemoryEstimate:
     """What quantizing takes, with sequences of the greatest length allowed; `questions` need whole models."""
     language, tower, projector = config.language, config.vision, config.projector
@@ -59,7 +59,7 @@ def estimate_memory(
 
 
 def require_memory(
-    config: ModelConfig, options: SequenceOptions, batch: int, questions: int = 0
+    config: CheckpointConfig, options: SequenceOptions, batch: int, questions: int = 0
 ) -> MemoryEstimate:
     """The estimate. Raises UhdError where the machine has less."""
     estimate, available = estimate_memory(config, options, batch, questions), available_memory()

@@ -24,7 +24,7 @@ from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.checkpoint.int4.words import pack_gptq
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.language import DecoderLayer, RMSNorm
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 
 CALIBRATION, HELD_OUT, WITH_RTN, WITH_GPTQ = "calibration", "held_out", "held_out_rtn", "held_out_gptq"
@@ -37,7 +37,7 @@ class Run:
     """A quantization under way: `states` are the hidden states before layer `next_layer`."""
 
     checkpoint: Checkpoint
-    config: LanguageShape
+    config: LanguageConfig
     options: GptqOptions
     work: Work
     states: dict[str, Activations]

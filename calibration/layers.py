@@ -8,7 +8,7 @@ from torch import nn
 from uhd_export.calibration.activations import Activations, Batch
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.language import DecoderLayer, rotary_tables
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 
 # Linears that see the same input, in the order in which data reaches them.
 GROUPS = (
@@ -24,7 +24,7 @@ class _Reached(Exception):
     """Ends a forward pass at the linear whose input is wanted; no error."""
 
 
-def load_layer(checkpoint: Checkpoint, config: LanguageShape, index: int) -> DecoderLayer:
+def load_layer(checkpoint: Checkpoint, config: LanguageConfig, index: int) -> DecoderLayer:
     """Layer `index` in float32."""
     with torch.device("meta"):
         layer = DecoderLayer(config)
@@ -35,7 +35,7 @@ def load_layer(checkpoint: Checkpoint, config: LanguageShape, index: int) -> Dec
 class LayerRunner:
     """Runs sequences through layers of one model, `batch` at a time."""
 
-    def __init__(self, config: LanguageShape, longest: int, batch: int = 1) -> None:
+    def __init__(self, config: LanguageConfig, longest: int, batch: int = 1) -> None:
         self.batch = batch
         self._tables = rotary_tables(config, torch.arange(longest))
 

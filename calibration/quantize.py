@@ -18,11 +18,11 @@ from uhd_export.calibration.data import Pair, card_pairs, read_pairs, without_du
 from uhd_export.calibration.estimate import require_memory
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, Run
 from uhd_export.calibration.quality import Accuracy, Report
-from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_config
+from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_settings
 from uhd_export.calibration.solver import GptqOptions, library_version
 from uhd_export.calibration.work import Work, differing
 from uhd_export.calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
-from uhd_export.checkpoint.config import ModelConfig, check_image_options, read_config
+from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, gptq_config
 from uhd_export.checkpoint.int4.linears import largest_group, linear_shapes
@@ -31,11 +31,11 @@ from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.graph.int4.view import RoundedView
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE, Quantization
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Quantization
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import MAX_SLICES
 from uhd_export.runtime.progress import progress_bar
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.settings import Settings
 
 # Raised when a change of code makes unfinished work of an earlier version useless.
 _WORK_VERSION = 2
@@ -54,10 +54,10 @@ def quantize(
     batch: int = 1,
     layout: str | None = None,
     mask: int | None = None,
-    grid: str = "selective",
+    grid_mode: str = "selective",
     max_slices: int = MAX_SLICES,
     resize: int | None = None,
-    boxes: str = "exact",
+    roi_rounding: str = "exact",
     vision_tower: str | Path | None = None,
     config: str | Path | None = None,
     pairs: list[Pair] | None = None,
@@ -79,7 +79,7 @@ def quantize(
     """
     gptq, options = gptq or GptqOptions(), sequences or SequenceOptions()
     gptq.check()
-    check_image_options(layout, grid, max_slices, resize, boxes)
+    check_image_options(layout, grid_mode, max_slices, resize, roi_rounding)
     out = Path(out).absolute()
     made = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if made and not reuse:
@@ -98,7 +98,9 @@ def quantize(
         pairs = card_pairs(count, options.seed) if data is None else _read(data, image_root, say)
     if questions is None:
         questions = QUESTIONS if str(source) == NANO else 0
-    run = run_config(parsed, grid=grid, max_slices=max_slices, resize=resize, boxes=boxes)
+    run = run_settings(
+        parsed, grid_mode=grid_mode, max_slices=max_slices, resize=resize, roi_rounding=roi_rounding
+    )
     settings = {"gptq": asdict(gptq), "sequences": asdict(options), "images": asdict(run)}
     identity = _identity(folder, parsed, settings, pairs, version)
     if made:
@@ -135,29 +137,29 @@ def quantize(
                 accuracy = _accuracy(checkpoint, staging, parsed, run, gptq, questions, progress)
                 report = replace(report, accuracy=accuracy)
             (staging / QUALITY).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-            draw_report(report, staging / QUALITY_PICTURE)
+            draw_report(report, staging / QUALITY_CHART)
     work.remove()
     return report
 
 
 def _sequences(
     checkpoint: Checkpoint,
-    config: ModelConfig,
-    run: RunConfig,
+    config: CheckpointConfig,
+    settings: Settings,
     pairs: list[Pair],
     options: SequenceOptions,
     progress: bool,
 ) -> Sequences:
     tokenizer = checkpoint_tokenizer(checkpoint.folder)
     with progress_bar("encoding images", options.samples + options.held_out, show=progress) as bar:
-        return build_sequences(checkpoint, config, run, tokenizer, pairs, options, bar)
+        return build_sequences(checkpoint, config, settings, tokenizer, pairs, options, bar)
 
 
 def _accuracy(
     checkpoint: Checkpoint,
     quantized: Path,
-    config: ModelConfig,
-    run: RunConfig,
+    config: CheckpointConfig,
+    settings: Settings,
     gptq: GptqOptions,
     questions: int,
     progress: bool,
@@ -168,7 +170,7 @@ def _accuracy(
     weights = {"before": checkpoint, "rtn": RoundedView(checkpoint, config.language, rounding), "gptq": after}
     try:
         with progress_bar("asking", questions, show=progress) as bar:
-            return measure_accuracy(weights, checkpoint, config, run, questions, bar)
+            return measure_accuracy(weights, checkpoint, config, settings, questions, bar)
     finally:
         after.close()
 
@@ -195,7 +197,7 @@ def _made_before(out: Path, identity: dict[str, str]) -> Report:
 
 
 def _identity(
-    folder: Path, config: ModelConfig, settings: dict, pairs: list[Pair], version: str
+    folder: Path, config: CheckpointConfig, settings: dict, pairs: list[Pair], version: str
 ) -> dict[str, str]:
     """Digests of what decides the result, to know it again by; the keys are shown to the user."""
     weights = {

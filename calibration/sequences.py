@@ -9,17 +9,17 @@ from tokenizers import Tokenizer
 
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.data import Pair
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pixels import open_image
 from uhd_export.runtime.language import prompt as prompts
-from uhd_export.runtime.language.sequence import PromptSequence, picture
+from uhd_export.runtime.language.sequence import PromptSequence, plan_image
 from uhd_export.runtime.progress import Bar
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.settings import Settings
 
 MIN_SAMPLES = 4
 # Greedy tokens of the unquantized model, on which predictions are compared.
@@ -99,8 +99,8 @@ def choose(pairs: list[Pair], options: SequenceOptions) -> Iterable[Pair]:
 @torch.inference_mode()
 def build_sequences(
     checkpoint: Checkpoint,
-    config: ModelConfig,
-    run: RunConfig,
+    config: CheckpointConfig,
+    settings: Settings,
     tokenizer: Tokenizer,
     pairs: list[Pair],
     options: SequenceOptions,
@@ -112,23 +112,25 @@ def build_sequences(
     Raises UhdError naming a pair whose image cannot be read, and where too few are short enough.
     """
     options.check(config.language.context)
-    vision = VisionReference(checkpoint, config, boxes=run.boxes)
+    vision = VisionReference(checkpoint, config, roi_rounding=settings.roi_rounding)
     language: LanguageModel | None = None
     held_out, judged, calibration, passed = [], [], [], 0
     for pair in choose(pairs, options):
         if len(calibration) == options.samples:
             break
         held = len(held_out) < options.held_out
-        ids, prompt = conversation_ids(tokenizer, pair, run.template, next(iter(config.language.eos), None))
+        ids, prompt = conversation_ids(
+            tokenizer, pair, settings.template, next(iter(config.language.eos), None)
+        )
         try:
-            pictures = [
-                picture(open_image(image), run, side=config.projector.side, patch=config.vision.patch)
+            images = [
+                plan_image(open_image(image), settings, side=config.projector.side, patch=config.vision.patch)
                 for image in pair.images
             ]
-            sequence = PromptSequence(ids[:prompt] if held else ids, pictures)
+            sequence = PromptSequence(ids[:prompt] if held else ids, images)
         except UhdError as error:
             raise UhdError(f"{pair.where}: {error}") from None
-        shortest = len(PromptSequence(ids[:prompt], pictures)) + (NEW_TOKENS if held else 0)
+        shortest = len(PromptSequence(ids[:prompt], images)) + (NEW_TOKENS if held else 0)
         if shortest > options.length:
             passed += 1
             continue
@@ -150,7 +152,7 @@ def build_sequences(
     return Sequences(Activations.join(calibration), Activations.join(held_out), tuple(judged))
 
 
-def _language_model(checkpoint: Checkpoint, config: LanguageShape) -> LanguageModel:
+def _language_model(checkpoint: Checkpoint, config: LanguageConfig) -> LanguageModel:
     """The language model to generate with: in the type that is stored, so that a large one stays mapped."""
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -173,23 +175,23 @@ def greedy_tokens(model: LanguageModel, embeds: torch.Tensor, count: int) -> lis
     return out
 
 
-def run_config(
-    config: ModelConfig,
+def run_settings(
+    config: CheckpointConfig,
     *,
-    grid: str = "selective",
+    grid_mode: str = "selective",
     max_slices: int = 9,
     resize: int | None = None,
-    boxes: str,
-) -> RunConfig:
+    roi_rounding: str,
+) -> Settings:
     """How images are cut and laid out while calibrating: as the bundle will do."""
-    return RunConfig(
+    return Settings(
         layout=config.layout,
         template=config.template,
         separators=config.separators,
-        grid=grid,
+        grid_mode=grid_mode,
         max_slices=max_slices,
         resize=resize,
         upscale_only=config.upscale_only,
-        boxes=boxes,
+        roi_rounding=roi_rounding,
         context=config.language.context,
     )

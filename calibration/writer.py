@@ -12,12 +12,12 @@ from uhd_export.calibration.solver import GptqOptions
 from uhd_export.calibration.work import Work, disk_errors, write_tensors
 from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.reader import Checkpoint
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
+from uhd_export.runtime.config import LanguageConfig
 
 _SHARD_BYTES = 2 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
-_REPLACED = ("config.json", "model.safetensors.index.json", QUALITY, QUALITY_PICTURE)
+_REPLACED = ("config.json", "model.safetensors.index.json", QUALITY, QUALITY_CHART)
 
 
 def quantization_config(options: GptqOptions, version: str) -> dict:
@@ -41,7 +41,7 @@ def quantization_config(options: GptqOptions, version: str) -> dict:
 def write_checkpoint(
     checkpoint: Checkpoint,
     config: dict,
-    language: LanguageShape,
+    language: LanguageConfig,
     work: Work,
     folder: Path,
     on_tensor: Callable[[], None],
@@ -77,12 +77,12 @@ def write_checkpoint(
         _copy_rest(checkpoint.folder, folder)
 
 
-def bytes_beside_layers(checkpoint: Checkpoint, language: LanguageShape) -> int:
+def bytes_beside_layers(checkpoint: Checkpoint, language: LanguageConfig) -> int:
     """How much `write_checkpoint` writes: finished layers are on the disk already."""
     return sum(checkpoint.tensor(name).nbytes for name in _unquantized(checkpoint, language))
 
 
-def _unquantized(checkpoint: Checkpoint, language: LanguageShape) -> list[str]:
+def _unquantized(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:
     return sorted(checkpoint.names() - {f"{name}.weight" for name in linear_shapes(language)})
 
 

@@ -9,7 +9,7 @@ HEAD_SIZE = 128
 
 
 @dataclass(frozen=True)
-class VisionShape:
+class VisionConfig:
     """CLIP's vision tower; `layers` counts those that run (the last of the model never does)."""
 
     hidden: int
@@ -27,7 +27,7 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
-class ProjectorShape:
+class ProjectorConfig:
     """The projector: `kind` is "hiwin" or "v1", `levels` the scales in use, `side` its windows an axis."""
 
     kind: str
@@ -53,7 +53,7 @@ class ProjectorShape:
 
 
 @dataclass(frozen=True)
-class LanguageShape:
+class LanguageConfig:
     """The decoder; `kind` is "llama" or "qwen2"."""
 
     kind: str
@@ -78,32 +78,34 @@ class LanguageShape:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelConfig:
     """The three parts of the model."""
 
-    vision: VisionShape
-    projector: ProjectorShape
-    language: LanguageShape
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
 
 
-def official(name: str, levels: tuple[int, ...] = (1, 2, 4)) -> ModelShape:
+def official(name: str, levels: tuple[int, ...] = (1, 2, 4)) -> ModelConfig:
     """The shape of an official model by the name of its language model, see OFFICIAL."""
     if name not in OFFICIAL:
         raise UhdError(f"model {name!r}: must be one of {', '.join(OFFICIAL)}")
     language = OFFICIAL[name]
-    return ModelShape(
-        VIT_L_14_336, ProjectorShape("hiwin", language.hidden, VIT_L_14_336.hidden, levels, 12), language
+    return ModelConfig(
+        VIT_L_14_336, ProjectorConfig("hiwin", language.hidden, VIT_L_14_336.hidden, levels, 12), language
     )
 
 
 # The released checkpoints' parts (openai/clip-vit-large-patch14-336 without its unused last layer).
-VIT_L_14_336 = VisionShape(1024, 4096, 23, 16, 336, 14, 1e-5)
+VIT_L_14_336 = VisionConfig(1024, 4096, 23, 16, 336, 14, 1e-5)
 OFFICIAL = {
-    "Vicuna-7B": LanguageShape("llama", 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e-5, 1e4, False, 1, (2,)),
-    "Vicuna-13B": LanguageShape(
+    "Vicuna-7B": LanguageConfig(
+        "llama", 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e-5, 1e4, False, 1, (2,)
+    ),
+    "Vicuna-13B": LanguageConfig(
         "llama", 5120, 13824, 40, 40, 40, 128, 32000, 4096, 1e-5, 1e4, False, 1, (2,)
     ),
-    "Qwen2-7B": LanguageShape(
+    "Qwen2-7B": LanguageConfig(
         "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 32768, 1e-6, 1e6, False, None, (151645,)
     ),
 }

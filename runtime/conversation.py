@@ -15,7 +15,7 @@ class Conversation:
 
     def __init__(self, pipeline: "Pipeline", images: Sequence["ImageLike"]) -> None:
         self._pipeline = pipeline
-        self._pictures = [pipeline.picture(image) for image in images]
+        self._images = [pipeline.plan_image(image) for image in images]
         self.ids: list[int] = []
         """Token ids so far, answers included."""
 
@@ -28,7 +28,7 @@ class Conversation:
         """
         pipeline = self._pipeline
         ids = self.ids + self._turn(question)
-        sequence = pipeline.assemble(ids, self._pictures)
+        sequence = pipeline.assemble(ids, self._images)
         answer: list[int] = []
 
         def recorded() -> Iterator[int]:
@@ -48,9 +48,9 @@ class Conversation:
     def _turn(self, question: str) -> list[int]:
         """Token ids that this question adds. Follow-ups begin with what closes the previous answer."""
         pipeline = self._pipeline
-        template, tokenizer = pipeline.run.template, pipeline.tokenizer
+        template, tokenizer = pipeline.settings.template, pipeline.tokenizer
         if not self.ids:
-            return pipeline.input_ids(prompts.render(question, template, len(self._pictures)))
+            return pipeline.input_ids(prompts.render(question, template, len(self._images)))
         ids = pipeline.input_ids(prompts.FOLLOW_UPS[template].replace("{question}", question))
         prefix = tokenizer.encode("").ids
         return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids

@@ -24,16 +24,16 @@ from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.decoder import EMBEDS, Decoder
 from uhd_export.runtime.language.detokenizer import Detokenizer
 from uhd_export.runtime.language.embeddings import EmbeddingTable
-from uhd_export.runtime.language.prefix_cache import PrefixDecoder
+from uhd_export.runtime.language.prefix_cache import PrefixCache
 from uhd_export.runtime.language.sampling import Sampling, sample
-from uhd_export.runtime.language.sequence import Picture, PromptSequence, picture, place
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence, place, plan_image
+from uhd_export.runtime.settings import Settings
 
 ImageLike = str | Path | Image.Image | np.ndarray
 Images = ImageLike | Sequence[ImageLike]
 KEEP: Any = object()
 """Stands for "as it is" where None has a meaning."""
-_PICTURES_KEPT = 4
+_IMAGES_KEPT = 4
 
 
 class Pipeline:
@@ -45,10 +45,10 @@ class Pipeline:
     def __init__(
         self, folder: Path, manifest: Manifest, vision: Engine, language: Engine, *, context: int
     ) -> None:
-        self.folder, self.manifest, self.run = folder, manifest, manifest.run
+        self.folder, self.manifest, self.settings = folder, manifest, manifest.settings
         self.vision, self.language = vision, language
-        self.encoder = VisionEncoder(vision, manifest.model, boxes=manifest.run.boxes)
-        self.decoder = PrefixDecoder(Decoder(language, context))
+        self.encoder = VisionEncoder(vision, manifest.model, roi_rounding=manifest.settings.roi_rounding)
+        self.decoder = PrefixCache(Decoder(language, context))
         self.embeddings = EmbeddingTable(folder / EMBEDDINGS)
         self.tokenizer = prompts.load_tokenizer(folder / TOKENIZER)
         self.finish = ""
@@ -64,51 +64,53 @@ class Pipeline:
         device: str | None = None,
         threads: int | None = None,
         context: int | None = None,
-        grid: str | None = None,
+        grid_mode: str | None = None,
         max_slices: int | None = None,
         resize: int | None = KEEP,
     ) -> Self:
         """Open the bundle in folder `bundle` on `device`, "cpu" or "cuda" (default: as its backend does).
 
         `threads` limits the CPU threads. `context` is the number of positions of the key-value cache, by
-        default and at most the bundle's. `grid`, `max_slices` and `resize` replace the bundle's defaults
+        default and at most the bundle's. `grid_mode`, `max_slices` and `resize` replace the bundle's defaults
         (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are verified first.
         Raises UhdError where the bundle cannot be trusted or run.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
-        most = manifest.run.context
+        most = manifest.settings.context
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
-        run = _configured(manifest.run, grid, max_slices, resize)
+        run = _configured(manifest.settings, grid_mode, max_slices, resize)
         vision, language = (
             open_engine(folder / name, manifest.backend, device=device, threads=threads)
             for name in part_files(manifest.backend)
         )
         pipeline = cls(folder, manifest, vision, language, context=context or most)
-        pipeline.run = run
+        pipeline.settings = run
         return pipeline
 
     def configure(
-        self, *, grid: str | None = None, max_slices: int | None = None, resize: int | None = KEEP
+        self, *, grid_mode: str | None = None, max_slices: int | None = None, resize: int | None = KEEP
     ) -> None:
         """Change how the next images are cut: grid mode, most slices (1: overview only), longest side."""
-        self.run = _configured(self.run, grid, max_slices, resize)
+        self.settings = _configured(self.settings, grid_mode, max_slices, resize)
 
     def plan(self, image: Image.Image) -> SlicePlan:
         """How an RGB `image` is cut."""
-        return self.picture(image).plan
+        return self.plan_image(image).plan
 
-    def picture(self, image: ImageLike) -> Picture:
+    def plan_image(self, image: ImageLike) -> PlannedImage:
         """`image`, opened and planned. Raises UhdError where it cannot be read or cut."""
         model = self.manifest.model
-        return picture(open_image(image), self.run, side=model.projector.side, patch=model.vision.patch)
+        return plan_image(
+            open_image(image), self.settings, side=model.projector.side, patch=model.vision.patch
+        )
 
     def encode_image(self, image: ImageLike) -> list[np.ndarray]:
         """One float32 (tokens, D) array a crop: slices first, row by row, the overview last."""
-        shown = self.picture(image)
-        return self.encoder.encode(cut(shown.image, shown.plan), shown.grid)
+        planned = self.plan_image(image)
+        return self.encoder.encode(cut(planned.image, planned.plan), planned.grid_mode)
 
     def input_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of `prompt`, -200 where an image goes."""
@@ -117,11 +119,11 @@ class Pipeline:
     def sequence(self, image: Images, prompt: str | Sequence[int]) -> PromptSequence:
         """The positions of `prompt` with its images. Raises UhdError where they exceed the context."""
         images = image if isinstance(image, (list, tuple)) else [image]
-        return self.assemble(self.input_ids(prompt), [self.picture(i) for i in images])
+        return self.assemble(self.input_ids(prompt), [self.plan_image(i) for i in images])
 
-    def assemble(self, ids: Sequence[int], pictures: Sequence[Picture]) -> PromptSequence:
-        """The positions of token `ids` with `pictures`. Raises UhdError where they exceed the context."""
-        sequence = PromptSequence(ids, pictures)
+    def assemble(self, ids: Sequence[int], images: Sequence[PlannedImage]) -> PromptSequence:
+        """The positions of token `ids` with `images`. Raises UhdError where they exceed the context."""
+        sequence = PromptSequence(ids, images)
         context = self.decoder.decoder.context
         if len(sequence) > context:
             raise UhdError(
@@ -132,7 +134,7 @@ class Pipeline:
 
     def larger_context(self, positions: int) -> str:
         """What to do for a context of `positions`: the bundle may allow it."""
-        most = self.run.context
+        most = self.settings.context
         return (
             f"give a larger --context, up to {most}" if positions <= most else "build with a larger --context"
         )
@@ -174,7 +176,7 @@ class Pipeline:
         answer is read. What the prompt shares with the previous one is not computed again.
         """
         images = image if isinstance(image, (list, tuple)) else [image]
-        prompt = prompts.render(question, self.run.template, len(images))
+        prompt = prompts.render(question, self.settings.template, len(images))
         sampling = Sampling(temperature, top_k, top_p, seed)
         sequence = self.sequence(images, prompt)
         return self.stream_text(self.stream_ids(sequence, max_new_tokens, sampling))
@@ -205,15 +207,15 @@ class Pipeline:
         """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
         return self.decoder.prefill(sequence.keys, lambda start: self._embeds(sequence, start))
 
-    def remember(self, shown: Picture, crops: Sequence[Array]) -> Array:
-        """(positions, D) embeddings of a picture from its crops' tokens; the last few are kept.
+    def remember(self, planned: PlannedImage, crops: Sequence[Array]) -> Array:
+        """(positions, D) embeddings of an image from its crops' tokens; the last few are kept.
 
         They lie where the language engine reads them, as `crops` may on its device.
         """
-        separators = self.embeddings.rows(shown.tokens[shown.source < 0])
-        out = self._gather(place(shown.source, crops, separators))
-        self._encoded[shown.digest] = out
-        if len(self._encoded) > _PICTURES_KEPT:
+        separators = self.embeddings.rows(planned.tokens[planned.source < 0])
+        out = self._gather(place(planned.source, crops, separators))
+        self._encoded[planned.digest] = out
+        if len(self._encoded) > _IMAGES_KEPT:
             self._encoded.popitem(last=False)
         return out
 
@@ -257,34 +259,38 @@ class Pipeline:
         return self.language.gather(pieces, self.language.inputs[EMBEDS].dtype)
 
     def _embeds(self, sequence: PromptSequence, start: int) -> Array:
-        """(S, D) embeddings from position `start` on; pictures before it are not encoded."""
+        """(S, D) embeddings from position `start` on; images before it are not encoded."""
         pieces = []
         for segment in sequence.segments:
             if segment.stop > start:
                 content = segment.content
                 rows = (
-                    self._visual(content) if isinstance(content, Picture) else self.embeddings.rows(content)
+                    self._visual(content)
+                    if isinstance(content, PlannedImage)
+                    else self.embeddings.rows(content)
                 )
                 pieces.append(rows[max(start - segment.start, 0) :])
         return self._gather(pieces)
 
-    def _visual(self, shown: Picture) -> Array:
-        """(positions, D) embeddings of a picture, encoded unless they are kept."""
-        if shown.digest in self._encoded:
-            self._encoded.move_to_end(shown.digest)
-            return self._encoded[shown.digest]
-        crops = cut(shown.image, shown.plan)
-        return self.remember(shown, self.encoder.encode_resident(crops, shown.grid))
+    def _visual(self, planned: PlannedImage) -> Array:
+        """(positions, D) embeddings of an image, encoded unless they are kept."""
+        if planned.digest in self._encoded:
+            self._encoded.move_to_end(planned.digest)
+            return self._encoded[planned.digest]
+        crops = cut(planned.image, planned.plan)
+        return self.remember(planned, self.encoder.encode_resident(crops, planned.grid_mode))
 
 
-def _configured(run: RunConfig, grid: str | None, max_slices: int | None, resize: int | None) -> RunConfig:
-    """`run` with what is given in its place. Raises UhdError where it is out of range."""
-    if grid is not None and grid not in GRID_MODES:
-        raise UhdError(f"grid mode {grid!r}: must be one of {', '.join(GRID_MODES)}")
-    changes: dict[str, Any] = {"grid": grid, "max_slices": max_slices}
+def _configured(
+    settings: Settings, grid_mode: str | None, max_slices: int | None, resize: int | None
+) -> Settings:
+    """`settings` with what is given in its place. Raises UhdError where it is out of range."""
+    if grid_mode is not None and grid_mode not in GRID_MODES:
+        raise UhdError(f"grid mode {grid_mode!r}: must be one of {', '.join(GRID_MODES)}")
+    changes: dict[str, Any] = {"grid_mode": grid_mode, "max_slices": max_slices}
     changes = {name: value for name, value in changes.items() if value is not None}
     if resize is not KEEP:
         changes["resize"] = resize
-    run = dataclasses.replace(run, **changes)
-    plan_slices((1, 1), max_slices=run.max_slices, resize=run.resize)  # refuses the other two
-    return run
+    settings = dataclasses.replace(settings, **changes)
+    plan_slices((1, 1), max_slices=settings.max_slices, resize=settings.resize)  # refuses the other two
+    return settings

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from uhd_export.runtime.image.layout import Separators
 
-BOXES = ("exact", "bf16")
+ROI_ROUNDINGS = ("exact", "bf16")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """How images are cut and prompts are laid out. `grid` and `max_slices` are defaults.
+class Settings:
+    """How images are cut and prompts are laid out. `grid_mode` and `max_slices` are defaults.
 
     `resize` is the longest side before slicing or None; `context` the positions of the KV cache.
     """
@@ -17,9 +17,9 @@ class RunConfig:
     layout: str
     template: str
     separators: Separators
-    grid: str
+    grid_mode: str
     max_slices: int
     resize: int | None
     upscale_only: bool
-    boxes: str
+    roi_rounding: str
     context: int

@@ -10,11 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, before torch is 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import functools
-import json
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 from golden import recipe
 from hypothesis import settings
@@ -25,9 +23,6 @@ settings.load_profile("uhd")
 
 # Jobs in the background of a shell start with SIGINT ignored, and so would the processes of tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="session")
@@ -46,27 +41,6 @@ def golden_model(golden_checkpoint):
         return load_model(golden_checkpoint, vision_tower=golden_checkpoint / "clip", **options)
 
     return load
-
-
-@functools.cache
-def golden_tensors(name: str) -> dict[str, np.ndarray]:
-    """The arrays of `golden/NAME.safetensors`."""
-    from safetensors.numpy import load_file
-
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-@functools.cache
-def golden_json(name: str) -> dict:
-    """The value of `golden/NAME.json`."""
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def assert_close(actual, expected, tolerance: float = TOLERANCE) -> None:
-    """Equal shapes, and equal values to `tolerance` absolute."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance
 
 
 @pytest.fixture(scope="session")

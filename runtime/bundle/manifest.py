@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uhd_export.runtime import typed_json
-from uhd_export.runtime.config import ModelShape
+from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.layout import LAYOUTS
 from uhd_export.runtime.language.prompt import TEMPLATES
-from uhd_export.runtime.settings import BOXES, RunConfig
+from uhd_export.runtime.settings import ROI_ROUNDINGS, Settings
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
 # Backends that run engines built from the graphs, which their bundles hold instead.
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.
-QUALITY, QUALITY_PICTURE = "quantization_report.json", "quantization_report.png"
+QUALITY, QUALITY_CHART = "quantization_report.json", "quantization_report.png"
 DTYPES = ("float32", "float16")
 
 
@@ -43,7 +43,7 @@ class Source:
     id: str
     config_sha256: str
     weights: dict[str, int]
-    generation: str
+    release: str
     config: str | None
     vision_tower: str | None
     mask: int | None
@@ -112,8 +112,8 @@ class Manifest:
     fold: bool
     precision: Precision
     source: Source
-    model: ModelShape
-    run: RunConfig
+    model: ModelConfig
+    settings: Settings
     tools: dict[str, str]
     parity: tuple[Parity, ...]
     files: dict[str, FileRecord]
@@ -175,7 +175,7 @@ def _digest(record: dict) -> str:
 
 def _validate(manifest: Manifest, path: Path) -> None:
     """Refuse values that the program cannot run, and file names that leave the folder."""
-    run, model, precision = manifest.run, manifest.model, manifest.precision
+    settings, model, precision = manifest.settings, manifest.model, manifest.precision
     for field, value, allowed in (
         ("backend", manifest.backend, ("onnxruntime", *ENGINE_BACKENDS)),
         ("precision.vision", precision.vision, DTYPES),
@@ -183,10 +183,10 @@ def _validate(manifest: Manifest, path: Path) -> None:
         ("precision.embeddings", precision.embeddings, DTYPES),
         ("model.projector.kind", model.projector.kind, ("hiwin", "v1")),
         ("model.language.kind", model.language.kind, ("llama", "qwen2")),
-        ("run.layout", run.layout, LAYOUTS),
-        ("run.template", run.template, TEMPLATES),
-        ("run.grid", run.grid, GRID_MODES),
-        ("run.boxes", run.boxes, BOXES),
+        ("settings.layout", settings.layout, LAYOUTS),
+        ("settings.template", settings.template, TEMPLATES),
+        ("settings.grid_mode", settings.grid_mode, GRID_MODES),
+        ("settings.roi_rounding", settings.roi_rounding, ROI_ROUNDINGS),
     ):
         if value not in allowed:
             raise UhdError(f"{path}.{field}: {value!r} is not supported; expected {', '.join(allowed)}")
@@ -196,8 +196,10 @@ def _validate(manifest: Manifest, path: Path) -> None:
     for field, value in _sizes(manifest):
         if not 0 < value < math.inf:
             raise UhdError(f"{path}.{field}: {value} must be above zero; build the bundle again")
-    if run.context > model.language.context:
-        raise UhdError(f"{path}.run.context: {run.context} is over the model's {model.language.context}")
+    if settings.context > model.language.context:
+        raise UhdError(
+            f"{path}.settings.context: {settings.context} is over the model's {model.language.context}"
+        )
     for name in manifest.files:
         if Path(name).name != name or name.startswith("."):
             raise UhdError(f"{path}.files: {name!r} is not a plain file name")
@@ -209,7 +211,7 @@ def _validate(manifest: Manifest, path: Path) -> None:
 def _sizes(manifest: Manifest) -> Iterator[tuple[str, float]]:
     """Every number that counts or measures something, by its field."""
     parts = {f"model.{part}": shape for part, shape in dataclasses.asdict(manifest.model).items()}
-    for part, values in (parts | {"run": dataclasses.asdict(manifest.run)}).items():
+    for part, values in (parts | {"settings": dataclasses.asdict(manifest.settings)}).items():
         for name, value in values.items():
             if type(value) in (int, float) and name != "bos":  # an id may be zero
                 yield f"{part}.{name}", value

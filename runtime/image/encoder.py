@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from uhd_export.runtime.config import ModelShape
+from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array, Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
@@ -20,34 +20,34 @@ MAX_BATCH = 10
 class VisionEncoder:
     """Runs the vision engine on crops of any shape; geometry is computed once a shape and grid mode."""
 
-    def __init__(self, engine: Engine, model: ModelShape, *, boxes: str = "exact") -> None:
+    def __init__(self, engine: Engine, model: ModelConfig, *, roi_rounding: str = "exact") -> None:
         self.engine = engine
-        self._model, self._boxes = model, boxes
+        self._model, self._roi_rounding = model, roi_rounding
         self._wanted = engine.inputs.keys() - {PIXELS}
         self._dtype = engine.inputs[PIXELS].dtype
         self.geometry = lru_cache(maxsize=32)(self._geometry)
 
-    def encode(self, crops: Sequence[np.ndarray], grid: str) -> list[np.ndarray]:
+    def encode(self, crops: Sequence[np.ndarray], grid_mode: str) -> list[np.ndarray]:
         """One float32 (tokens, D) array for each uint8 (h, w, 3) crop; sides are multiples of the patch.
 
-        Crops of one shape run as one batch. `grid` is the grid mode of the windows.
+        Crops of one shape run as one batch. `grid_mode` is the grid mode of the windows.
         Raises UhdError where a crop's shape has no geometry.
         """
         return [
             self.engine.fetch(tokens).astype(np.float32, copy=False)
-            for tokens in self.encode_resident(crops, grid)
+            for tokens in self.encode_resident(crops, grid_mode)
         ]
 
-    def encode_resident(self, crops: Sequence[np.ndarray], grid: str) -> list[Array]:
+    def encode_resident(self, crops: Sequence[np.ndarray], grid_mode: str) -> list[Array]:
         """As `encode`, in the engine's own type and left on its device."""
         tokens: list[Array] = [None] * len(crops)
-        for members, feeds in self.batches(crops, grid):
+        for members, feeds in self.batches(crops, grid_mode):
             for index, result in zip(members, self.engine.infer_resident(feeds)[TOKENS], strict=True):
                 tokens[index] = result
         return tokens
 
     def batches(
-        self, crops: Sequence[np.ndarray], grid: str
+        self, crops: Sequence[np.ndarray], grid_mode: str
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """The engine's runs for `crops`: which of them, and the inputs, each made when it is due."""
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -56,25 +56,25 @@ class VisionEncoder:
         for members in by_shape.values():
             for start in range(0, len(members), MAX_BATCH):
                 batch = members[start : start + MAX_BATCH]
-                yield batch, self.feeds(np.stack([normalise(crops[i]) for i in batch]), grid)
+                yield batch, self.feeds(np.stack([normalise(crops[i]) for i in batch]), grid_mode)
 
-    def feeds(self, pixels: np.ndarray, grid: str) -> dict[str, np.ndarray]:
+    def feeds(self, pixels: np.ndarray, grid_mode: str) -> dict[str, np.ndarray]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""
         patch = self._model.vision.patch
         rows, cols = pixels.shape[2] // patch, pixels.shape[3] // patch
-        return {PIXELS: pixels.astype(self._dtype, copy=False), **self.geometry(rows, cols, grid)}
+        return {PIXELS: pixels.astype(self._dtype, copy=False), **self.geometry(rows, cols, grid_mode)}
 
-    def _geometry(self, rows: int, cols: int, grid: str) -> dict[str, np.ndarray]:
+    def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, np.ndarray]:
         vision, projector = self._model.vision, self._model.projector
         available = crop_geometry(
             rows,
             cols,
             levels=projector.scales,
-            grid=grid,
+            grid_mode=grid_mode,
             side=projector.side,
             table=vision.table,
             patch=vision.patch,
-            boxes=self._boxes,
+            roi_rounding=self._roi_rounding,
         )
         unknown = sorted(self._wanted - available.keys())
         if unknown:

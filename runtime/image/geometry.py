@@ -48,15 +48,15 @@ def reflect_pad(matrix: np.ndarray, pad: int) -> np.ndarray:
     return np.pad(matrix, ((pad, pad), (0, 0)), mode="reflect")
 
 
-def roi_align(size: int, bins: int, windows: int = 12, *, boxes: str = "exact") -> np.ndarray:
+def roi_align(size: int, bins: int, windows: int = 12, *, roi_rounding: str = "exact") -> np.ndarray:
     """(windows * bins, size) matrix of RoIAlign over equal windows along one axis.
 
     torchvision's `roi_align` with aligned=False, adaptive sampling, a minimum roi size of 1 and
-    clamping at the border; samples beyond the border count as zero. `boxes="bf16"` rounds the box
+    clamping at the border; samples beyond the border count as zero. `roi_rounding="bf16"` rounds the box
     coordinates to bfloat16, as the released code does when it runs in that type.
     """
     edges = np.arange(windows + 1, dtype=np.float32) * np.float32(size / windows)
-    if boxes == "bf16":
+    if roi_rounding == "bf16":
         edges = _round_bf16(edges)
     edges = edges.astype(np.float64)
     matrix = np.zeros((windows * bins, size))
@@ -105,11 +105,11 @@ def crop_geometry(
     cols: int,
     *,
     levels: Sequence[int] = (1, 2, 4),
-    grid: str = "selective",
+    grid_mode: str = "selective",
     side: int = 12,
     table: int = 24,
     patch: int = 14,
-    boxes: str = "exact",
+    roi_rounding: str = "exact",
 ) -> dict[str, np.ndarray]:
     """All float32 matrices for a crop of rows x cols patches, by the graph's input names.
 
@@ -139,8 +139,8 @@ def crop_geometry(
             geometry[f"upsample_{scale}x_{axis}"] = reflect_pad(up, RADIUS)
             scale *= 2
         for scale in levels:
-            bins = bin_grid(rows, cols, scale, grid)[which]
-            roi = roi_align(n * scale, bins, side, boxes=boxes)
+            bins = bin_grid(rows, cols, scale, grid_mode)[which]
+            roi = roi_align(n * scale, bins, side, roi_rounding=roi_rounding)
             keys = roi @ (bicubic(n * scale, side) if n * scale != side else np.eye(side))
             geometry[f"roi_{scale}x_{axis}"] = roi.reshape(side, bins, n * scale)
             geometry[f"window_position_{scale}x_{axis}"] = keys.reshape(side, bins, side)

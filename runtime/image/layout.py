@@ -22,29 +22,29 @@ class Separators:
     newline: int = NEWLINE
 
 
-def indicator_tokens(grid: tuple[int, int] | None, separators: Separators) -> list[int]:
-    """One separator a slice, row by row; none without slices. `grid` is (columns, rows)."""
-    if grid is None:
+def indicator_tokens(slice_grid: tuple[int, int] | None, separators: Separators) -> list[int]:
+    """One separator a slice, row by row; none without slices. `slice_grid` is (columns, rows)."""
+    if slice_grid is None:
         return []
-    cols, rows = grid
+    cols, rows = slice_grid
     return ([separators.comma] * (cols - 1) + [separators.newline]) * rows
 
 
 def layout_indices(
-    grid: tuple[int, int] | None, *, layout: str, side: int, separators: Separators
+    slice_grid: tuple[int, int] | None, *, layout: str, side: int, separators: Separators
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where every visual position comes from.
 
     Returns two int64 arrays of one length: row numbers into the crops' tokens laid end to end
     (side*side a crop, slices first, overview last), -1 at separators; and token ids, -1 at visual
-    rows. `grid` is (columns, rows) or None. *flat* keeps each slice together; *merged* stitches the
+    rows. `slice_grid` is (columns, rows) or None. *flat* keeps each slice together; *merged* stitches the
     slices into one map (the paper's token organization).
     """
     per_crop = side * side
-    cols, rows = grid or (0, 0)
+    cols, rows = slice_grid or (0, 0)
     slices = np.arange(cols * rows * per_crop).reshape(rows * cols, per_crop)
     overview = cols * rows * per_crop + np.arange(per_crop)
-    indicators = indicator_tokens(grid, separators)
+    indicators = indicator_tokens(slice_grid, separators)
     source: list[int] = []
     tokens: list[int] = []
 
@@ -61,7 +61,7 @@ def layout_indices(
             visual(rows_)
             separator(token)
     elif layout == "merged":
-        if grid is not None:
+        if slice_grid is not None:
             stitched = slices.reshape(rows, cols, side, side).transpose(0, 2, 1, 3)
             for map_row in stitched.reshape(rows * side, cols * side):
                 visual(map_row)
@@ -73,6 +73,6 @@ def layout_indices(
     return np.array(source, np.int64), np.array(tokens, np.int64)
 
 
-def visual_token_count(grid: tuple[int, int] | None, *, layout: str, side: int = 12) -> int:
+def visual_token_count(slice_grid: tuple[int, int] | None, *, layout: str, side: int = 12) -> int:
     """Positions the image takes in the language model's context."""
-    return len(layout_indices(grid, layout=layout, side=side, separators=Separators())[0])
+    return len(layout_indices(slice_grid, layout=layout, side=side, separators=Separators())[0])

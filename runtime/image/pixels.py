@@ -54,11 +54,11 @@ def cut(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
     if plan.resized_size != image.size:
         image = image.resize(plan.resized_size, Image.Resampling.BICUBIC)
     crops = []
-    if plan.grid is not None:
+    if plan.slice_grid is not None:
         refined = image.resize(plan.refined_size, Image.Resampling.BICUBIC)
         width, height = plan.slice_size
-        for row in range(plan.grid[1]):
-            for col in range(plan.grid[0]):
+        for row in range(plan.slice_grid[1]):
+            for col in range(plan.slice_grid[0]):
                 left, top = col * width, row * height
                 crops.append(refined.crop((left, top, left + width, top + height)))
     crops.append(image.resize(plan.overview_size, Image.Resampling.BICUBIC))

@@ -18,11 +18,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """How one image is cut. `grid` is None where the overview alone is seen."""
+    """How one image is cut. `slice_grid` is None where the overview alone is seen."""
 
     source_size: Size
     resized_size: Size
-    grid: tuple[int, int] | None
+    slice_grid: tuple[int, int] | None
     slice_size: Size | None
     refined_size: Size | None
     overview_size: Size
@@ -31,7 +31,9 @@ class SlicePlan:
     @property
     def crop_sizes(self) -> list[Size]:
         """(width, height) of every crop: slices row by row, the overview last."""
-        slices = [] if self.grid is None else [self.slice_size] * (self.grid[0] * self.grid[1])
+        slices = (
+            [] if self.slice_grid is None else [self.slice_size] * (self.slice_grid[0] * self.slice_grid[1])
+        )
         return [*slices, self.overview_size]
 
     @property

@@ -7,7 +7,7 @@ import numpy as np
 from uhd_export.runtime.language.decoder import Decoder
 
 
-class PrefixDecoder:
+class PrefixCache:
     """A `Decoder` with the key of every position in its cache (see `uhd_export.runtime.language.sequence`).
 
     A second question about an image shares the prompt up to the question, so its prefill is short.

@@ -1,4 +1,4 @@
-"""A prompt as a sequence of positions: text tokens and pictures, each position with a key to its content.
+"""A prompt as a sequence of positions: text tokens and images, each position with a key to its content.
 
 Two sequences that begin with the same keys begin with the same embeddings, so their key-value cache
 is the same up to there. Keys are known from sizes and pixels alone, before any crop is encoded.
@@ -16,16 +16,16 @@ from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import layout_indices
 from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
 from uhd_export.runtime.language.prompt import IMAGE_ID
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.settings import Settings
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlannedImage:
     """An RGB image, how it is cut, and where each of its positions comes from (see `layout_indices`)."""
 
     image: Image.Image
     plan: SlicePlan
-    grid: str
+    grid_mode: str
     source: np.ndarray
     tokens: np.ndarray
     digest: str
@@ -34,19 +34,25 @@ class Picture:
         return len(self.source)
 
 
-def picture(image: Image.Image, run: RunConfig, *, side: int, patch: int) -> Picture:
+def plan_image(image: Image.Image, settings: Settings, *, side: int, patch: int) -> PlannedImage:
     """Plan `image` (RGB) as `run` says; `side` is the tokens an axis of one crop."""
     plan = plan_slices(
-        image.size, max_slices=run.max_slices, resize=run.resize, upscale_only=run.upscale_only, patch=patch
+        image.size,
+        max_slices=settings.max_slices,
+        resize=settings.resize,
+        upscale_only=settings.upscale_only,
+        patch=patch,
     )
-    source, tokens = layout_indices(plan.grid, layout=run.layout, side=side, separators=run.separators)
-    content = hashlib.blake2b(repr((plan, run.grid, run.layout)).encode(), digest_size=16)
+    source, tokens = layout_indices(
+        plan.slice_grid, layout=settings.layout, side=side, separators=settings.separators
+    )
+    content = hashlib.blake2b(repr((plan, settings.grid_mode, settings.layout)).encode(), digest_size=16)
     content.update(image.tobytes())
-    return Picture(image, plan, run.grid, source, tokens, content.hexdigest())
+    return PlannedImage(image, plan, settings.grid_mode, source, tokens, content.hexdigest())
 
 
 def place(source: np.ndarray, crops: Sequence[Array], separators: np.ndarray) -> list[Array]:
-    """The rows of a picture in order, as few pieces of `crops` and of `separators` as there can be.
+    """The rows of an image in order, as few pieces of `crops` and of `separators` as there can be.
 
     `source` numbers the rows of `crops`, (N, D) each, laid end to end, and is -1 at separators (see
     `layout_indices`); `separators` are those rows, (count, D).
@@ -68,10 +74,10 @@ def place(source: np.ndarray, crops: Sequence[Array], separators: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of positions: a picture, or text tokens."""
+    """A run of positions: an image, or text tokens."""
 
     start: int
-    content: Picture | tuple[int, ...]
+    content: PlannedImage | tuple[int, ...]
 
     @property
     def stop(self) -> int:
@@ -80,17 +86,17 @@ class Segment:
 
 
 class PromptSequence:
-    """The positions of token `ids` (-200 where a picture goes) with `pictures` in their places."""
+    """The positions of token `ids` (-200 where an image goes) with `images` in their places."""
 
-    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
+    def __init__(self, ids: Sequence[int], images: Sequence[PlannedImage]) -> None:
         markers = sum(token == IMAGE_ID for token in ids)
-        if markers != len(pictures):
-            raise UhdError(f"prompt has {markers} <image> markers for {len(pictures)} images")
+        if markers != len(images):
+            raise UhdError(f"prompt has {markers} <image> markers for {len(images)} images")
         if not ids:
             raise UhdError("prompt: empty; ask a question")
         self.segments: list[Segment] = []
         self.keys: list[Hashable] = []
-        rest, text = iter(pictures), []
+        rest, text = iter(images), []
         for token in ids:
             if token != IMAGE_ID:
                 text.append(token)
@@ -103,11 +109,11 @@ class PromptSequence:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _append(self, content: Picture | tuple[int, ...]) -> None:
+    def _append(self, content: PlannedImage | tuple[int, ...]) -> None:
         if not len(content):
             return
         self.segments.append(Segment(len(self.keys), content))
-        if isinstance(content, Picture):
+        if isinstance(content, PlannedImage):
             self.keys.extend((content.digest, i) for i in range(len(content)))
         else:
             self.keys.extend(content)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uhd_export.runtime.config import LanguageShape, ModelShape, ProjectorShape, VisionShape
+from uhd_export.runtime.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from uhd_export.runtime.image.geometry import KERNEL, bin_grid
 
 Grid = tuple[int, int]
@@ -61,7 +61,7 @@ def _product(rows: int, inner: int, columns: int, count: int = 1) -> Work:
     return Work(2 * rows * inner * columns * count, 0, moved * count)
 
 
-def vit(grids: Sequence[Grid], vision: VisionShape, *, folded: bool) -> Parts:
+def vit(grids: Sequence[Grid], vision: VisionConfig, *, folded: bool) -> Parts:
     """The vision tower over crops of `grids` (rows, columns) patches."""
     c, layers = vision.hidden, vision.layers + (not folded)
     lengths = [rows * cols + 1 for rows, cols in grids]
@@ -84,7 +84,7 @@ def _times(work: Work, count: int, *, weights: bool = True) -> Work:
     return Work(work.flops * count, work.weights * count * weights, work.activations * count)
 
 
-def jbu(grids: Sequence[Grid], projector: ProjectorShape, *, folded: bool) -> Parts:
+def jbu(grids: Sequence[Grid], projector: ProjectorConfig, *, folded: bool) -> Parts:
     """The feature pyramid. Folded: bicubic doubling and the 7x7 kernel as one low-resolution stencil."""
     scales, c = projector.scales[1:], projector.vision_hidden
     if not scales:
@@ -115,17 +115,17 @@ def _shared(work: Work, stages: int) -> Work:
 
 
 def projector(
-    grids: Sequence[Grid], shape: ProjectorShape, *, folded: bool, mode: str = "selective"
+    grids: Sequence[Grid], config: ProjectorConfig, *, folded: bool, grid_mode: str = "selective"
 ) -> Parts:
-    """The projector over crops of `grids`, `mode` being the grid mode. Only Hiwin has a folded form."""
-    if folded and shape.kind == "hiwin":
-        return _folded_hiwin(grids, shape, mode)
-    c, d, windows = shape.vision_hidden, shape.hidden, shape.side**2
-    sets = QUERY_SETS if shape.kind == "hiwin" else 1
-    pixels = [sum(rows * cols for rows, cols in grids) * scale**2 for scale in shape.levels]
-    keys = max(keys_per_window(grid, shape, mode) for grid in grids)
+    """The projector over crops of `grids`; only Hiwin has a folded form."""
+    if folded and config.kind == "hiwin":
+        return _folded_hiwin(grids, config, grid_mode)
+    c, d, windows = config.vision_hidden, config.hidden, config.side**2
+    sets = QUERY_SETS if config.kind == "hiwin" else 1
+    pixels = [sum(rows * cols for rows, cols in grids) * scale**2 for scale in config.levels]
+    keys = max(keys_per_window(grid, config, grid_mode) for grid in grids)
     queries, rows = windows * len(grids) * sets, windows * len(grids) * sets * keys
-    samples = windows * sum(_samples_per_window(grid, shape, mode) for grid in grids)
+    samples = windows * sum(_samples_per_window(grid, config, grid_mode) for grid in grids)
     parts = {
         "level_linear": sum((_linear(n, c, d) for n in pixels), Work()),
         # Keys and values are pooled apart: four taps a sample each.
@@ -142,24 +142,24 @@ def projector(
     return parts
 
 
-def _folded_hiwin(grids: Sequence[Grid], shape: ProjectorShape, mode: str) -> Parts:
+def _folded_hiwin(grids: Sequence[Grid], config: ProjectorConfig, grid_mode: str) -> Parts:
     """The exact folding: norms and pooling in vision channels, projection after the mixing."""
-    c, d, side = shape.vision_hidden, shape.hidden, shape.side
-    windows, queries, levels = side**2, QUERY_SETS * shape.heads, len(shape.levels)
+    c, d, side = config.vision_hidden, config.hidden, config.side
+    windows, queries, levels = side**2, QUERY_SETS * config.heads, len(config.levels)
     norm_rank = min(d, c + 1)
     crops = len(grids)
     norm, pooling, position = Work(), Work(), Work()
-    for scale in shape.levels:
+    for scale in config.levels:
         norm += _linear(scale**2 * sum(rows * cols for rows, cols in grids), c, norm_rank)
     for (rows, cols), count in Counter(grids).items():
-        for scale in shape.levels:
-            bins_y, bins_x = bin_grid(rows, cols, scale, mode)
+        for scale in config.levels:
+            bins_y, bins_x = bin_grid(rows, cols, scale, grid_mode)
             tall = _product(side * bins_y, scale * rows, scale * cols * c, count)
             wide = _product(side * bins_x, scale * cols, c, count * side * bins_y)
             pooling += tall + wide
             # Depends on the shape alone: once for all crops of a shape.
             position += _product(bins_y * bins_x, windows, queries, windows)
-    keys = sum(keys_per_window(grid, shape, mode) for grid in grids)
+    keys = sum(keys_per_window(grid, config, grid_mode) for grid in grids)
     outputs = windows * crops
     vectors = windows * queries
     scores = Work(2 * keys * c * vectors, vectors * c * levels, windows * keys * (c + queries))
@@ -173,7 +173,7 @@ def _folded_hiwin(grids: Sequence[Grid], shape: ProjectorShape, mode: str) -> Pa
         "value": Work(
             2 * outputs * QUERY_SETS * c * d * levels,
             c * d * levels,
-            outputs * QUERY_SETS * (shape.heads * c * levels + d),
+            outputs * QUERY_SETS * (config.heads * c * levels + d),
         ),
         "out": _linear(outputs * QUERY_SETS, d, d),
         "cat": _linear(outputs, QUERY_SETS * d, d),
@@ -181,36 +181,37 @@ def _folded_hiwin(grids: Sequence[Grid], shape: ProjectorShape, mode: str) -> Pa
     }
 
 
-def keys_per_window(grid: Grid, shape: ProjectorShape, mode: str = "selective") -> int:
+def keys_per_window(patch_grid: Grid, config: ProjectorConfig, grid_mode: str = "selective") -> int:
     """Pooled rows that a window's queries attend to."""
-    bins = (bin_grid(*grid, scale, mode) for scale in shape.levels)
+    bins = (bin_grid(*patch_grid, scale, grid_mode) for scale in config.levels)
     return sum(y * x for y, x in bins)
 
 
-def _samples_per_window(grid: Grid, shape: ProjectorShape, mode: str) -> int:
+def _samples_per_window(patch_grid: Grid, config: ProjectorConfig, grid_mode: str) -> int:
     """Bilinear samples of RoIAlign in one window, all levels: ceil(window / bins) an axis and bin."""
     out = 0
-    for scale in shape.levels:
-        bins = bin_grid(*grid, scale, mode)
+    for scale in config.levels:
+        bins = bin_grid(*patch_grid, scale, grid_mode)
         y, x = (
-            b * -(-max(scale * n, shape.side) // (shape.side * b)) for n, b in zip(grid, bins, strict=True)
+            b * -(-max(scale * n, config.side) // (config.side * b))
+            for n, b in zip(patch_grid, bins, strict=True)
         )
         out += y * x
     return out
 
 
-def prefill(language: LanguageShape, positions: int, *, folded: bool) -> Parts:
+def prefill(language: LanguageConfig, positions: int, *, folded: bool) -> Parts:
     """All `positions` of a prompt at once. Folded: causal attention and the last position's logits."""
     attended = positions * (positions + 1) // 2 if folded else positions**2
     return _decoder(language, positions, attended, 1 if folded else positions)
 
 
-def decode(language: LanguageShape, past: int) -> Parts:
+def decode(language: LanguageConfig, past: int) -> Parts:
     """One token after `past` positions."""
     return _decoder(language, 1, past + 1, 1)
 
 
-def _decoder(language: LanguageShape, rows: int, attended: int, logits: int) -> Parts:
+def _decoder(language: LanguageConfig, rows: int, attended: int, logits: int) -> Parts:
     """`rows` positions that attend to `attended` (query, key) pairs in all."""
     d, heads_width = language.hidden, language.heads * language.head_size
     kv_width = language.kv_heads * language.head_size
@@ -226,14 +227,14 @@ def _decoder(language: LanguageShape, rows: int, attended: int, logits: int) -> 
     }
 
 
-def kv_cache_bytes(language: LanguageShape, positions: int, bytes_per: float = 2) -> int:
+def kv_cache_bytes(language: LanguageConfig, positions: int, bytes_per: float = 2) -> int:
     """Bytes of the keys and values of `positions` positions, in all layers."""
     row = 2 * language.kv_heads * language.head_size * language.layers
     return round(row * positions * bytes_per)
 
 
 def stage_costs(
-    grids: Sequence[Grid], model: ModelShape, positions: int, *, folded: bool, mode: str = "selective"
+    grids: Sequence[Grid], model: ModelConfig, positions: int, *, folded: bool, grid_mode: str = "selective"
 ) -> dict[str, Parts]:
     """The parts of every stage, for crops of `grids` and a prompt of `positions` in all.
 
@@ -242,13 +243,13 @@ def stage_costs(
     return {
         "vit": vit(grids, model.vision, folded=folded),
         "jbu": jbu(grids, model.projector, folded=folded),
-        "projector": projector(grids, model.projector, folded=folded, mode=mode),
+        "projector": projector(grids, model.projector, folded=folded, grid_mode=grid_mode),
         "prefill": prefill(model.language, positions, folded=folded),
         "decode": decode(model.language, positions),
     }
 
 
-def language_bytes(language: LanguageShape, linear_bytes: float = 2, other_bytes: float = 2) -> int:
+def language_bytes(language: LanguageConfig, linear_bytes: float = 2, other_bytes: float = 2) -> int:
     """Bytes of the decoder's weights: linear layers, and embeddings with head, at these bytes a weight."""
     parts = decode(language, 0)
     linear = parts["projections"].weights + parts["mlp"].weights

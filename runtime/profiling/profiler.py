@@ -18,7 +18,7 @@ from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.slicing import Size
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.sampling import greedy
-from uhd_export.runtime.language.sequence import Picture, PromptSequence
+from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 from uhd_export.runtime.memory import available_memory, peak_apart, peak_memory
 from uhd_export.runtime.pipeline import Pipeline
 from uhd_export.runtime.profiling import costs as flops
@@ -67,7 +67,7 @@ class ModeProfile:
     a process that only opens the bundle and answers in this mode, None where not measured: see `_peak`.
     """
 
-    grid: str
+    grid_mode: str
     stages: dict[str, StageProfile]
     first_token: Spread
     tokens_per_second: float
@@ -113,7 +113,7 @@ def profile_pipeline(
     pipeline: Pipeline,
     size: Size,
     *,
-    grids: Sequence[str] = GRID_MODES,
+    grid_modes: Sequence[str] = GRID_MODES,
     repeats: int = 5,
     new_tokens: int = 16,
     device: str | None = None,
@@ -130,33 +130,33 @@ def profile_pipeline(
     device = device or default_device(pipeline.manifest.backend)
     if repeats < 1 or new_tokens < 1:
         raise UhdError(f"profile: {repeats} repeats of {new_tokens} tokens; use at least 1 of each")
-    sequences = _sequences(pipeline, size, grids, new_tokens)
+    sequences = _sequences(pipeline, size, grid_modes, new_tokens)
     for sequence in sequences.values():
         _run_once(pipeline, sequence, new_tokens)
         on_step()
-    peaks, runs = {}, {grid: [] for grid in grids}
-    for grid in grids:
-        peaks[grid] = _peak(pipeline, size, grid, new_tokens, device=device, threads=threads)
+    peaks, runs = {}, {grid_mode: [] for grid_mode in grid_modes}
+    for grid_mode in grid_modes:
+        peaks[grid_mode] = _peak(pipeline, size, grid_mode, new_tokens, device=device, threads=threads)
         on_step()
     for _ in range(repeats):
-        for grid, sequence in sequences.items():
-            runs[grid].append(_run_once(pipeline, sequence, new_tokens))
+        for grid_mode, sequence in sequences.items():
+            runs[grid_mode].append(_run_once(pipeline, sequence, new_tokens))
             on_step()
     modes = []
-    for grid, sequence in sequences.items():
+    for grid_mode, sequence in sequences.items():
         shares = _vision_shares(pipeline, sequence, device=device, threads=threads)
-        modes.append(_summarise(pipeline, sequence, runs[grid], shares, peaks[grid]))
+        modes.append(_summarise(pipeline, sequence, runs[grid_mode], shares, peaks[grid_mode]))
         on_step()
     manifest, cache = pipeline.manifest, pipeline.decoder.decoder
-    shown = _picture(sequence)
+    planned = _planned_image(sequence)
     return Profile(
         bundle=str(pipeline.folder),
         machine=machine(device, threads),
         backend=manifest.backend,
         precision={"vision": manifest.precision.vision, "language": manifest.precision.language},
         size=size,
-        crops=len(shown.plan.crop_sizes),
-        visual_tokens=len(shown),
+        crops=len(planned.plan.crop_sizes),
+        visual_tokens=len(planned),
         positions=len(sequence),
         repeats=repeats,
         new_tokens=new_tokens,
@@ -172,9 +172,9 @@ def profile_pipeline(
 _WEIGHTS = ("onnx", "data", "engine", "npy")
 
 
-def steps(grids: Sequence[str], repeats: int) -> int:
+def steps(grid_modes: Sequence[str], repeats: int) -> int:
     """How often `profile_pipeline` calls `on_step`."""
-    return len(grids) * (repeats + 3)
+    return len(grid_modes) * (repeats + 3)
 
 
 def answer_once(
@@ -182,14 +182,14 @@ def answer_once(
 ) -> None:
     """Open `bundle` with `settings` (see `Pipeline.open`) and answer as one run of the profile does."""
     with Pipeline.open(bundle, device=device, threads=threads, **settings) as pipeline:
-        (sequence,) = _sequences(pipeline, size, [settings["grid"]], new_tokens).values()
+        (sequence,) = _sequences(pipeline, size, [settings["grid_mode"]], new_tokens).values()
         _run_once(pipeline, sequence, new_tokens)
 
 
 def _peak(
-    pipeline: Pipeline, size: Size, grid: str, new_tokens: int, *, device: str, threads: int | None
+    pipeline: Pipeline, size: Size, grid_mode: str, new_tokens: int, *, device: str, threads: int | None
 ) -> int | None:
-    """The most resident memory of `answer_once` in mode `grid`; None where it was not measured.
+    """The most resident memory of `answer_once` in mode `grid_mode`; None where it was not measured.
 
     In a process of its own, because engines keep what other modes needed. It loads the bundle again: not
     onto a GPU, and not where this process's peak says that there is no room for another.
@@ -205,25 +205,25 @@ def _peak(
         device=device,
         threads=threads,
         context=pipeline.decoder.decoder.context,
-        grid=grid,
-        max_slices=pipeline.run.max_slices,
-        resize=pipeline.run.resize,
+        grid_mode=grid_mode,
+        max_slices=pipeline.settings.max_slices,
+        resize=pipeline.settings.resize,
     )
 
 
 def _sequences(
-    pipeline: Pipeline, size: Size, grids: Sequence[str], new_tokens: int
+    pipeline: Pipeline, size: Size, grid_modes: Sequence[str], new_tokens: int
 ) -> dict[str, PromptSequence]:
     """The same question in each grid mode; the pipeline's own mode stays as it was."""
-    image, before = pattern(*size), pipeline.run
+    image, before = pattern(*size), pipeline.settings
     prompt = prompts.render(QUESTION, before.template)
     sequences = {}
     try:
-        for grid in grids:
-            pipeline.configure(grid=grid)
-            sequences[grid] = pipeline.sequence(image, prompt)
+        for grid_mode in grid_modes:
+            pipeline.configure(grid_mode=grid_mode)
+            sequences[grid_mode] = pipeline.sequence(image, prompt)
     finally:
-        pipeline.run = before
+        pipeline.settings = before
     positions, context = max(map(len, sequences.values())), pipeline.decoder.decoder.context
     if positions + new_tokens > context:
         raise UhdError(
@@ -252,8 +252,8 @@ def _vision_shares(
     backend = pipeline.manifest.backend
     if backend not in TRACED:
         return {}
-    shown = _picture(sequence)
-    batches = pipeline.encoder.batches(cut(shown.image, shown.plan), shown.grid)
+    planned = _planned_image(sequence)
+    batches = pipeline.encoder.batches(cut(planned.image, planned.plan), planned.grid_mode)
     feeds = [feeds for _, feeds in batches]
     path = pipeline.folder / part_files(backend)[0]
     return vision_shares(path, feeds, backend=backend, device=device, threads=threads)
@@ -267,10 +267,10 @@ def _summarise(
     peak: int | None,
 ) -> ModeProfile:
     """The figures of one mode from what `_run_once` returned each time."""
-    shown = _picture(sequence)
+    planned = _planned_image(sequence)
     seconds = {name: Spread.of([run[name] for run in runs]) for name in ("pixels", "vision", "prefill")}
     decode = Spread.of([step for run in runs for step in run["decode"]])
-    costs = _flops(shown.plan.patch_grids, pipeline.manifest, len(sequence), shown.grid)
+    costs = _flops(planned.plan.patch_grids, pipeline.manifest, len(sequence), planned.grid_mode)
     stages = {"pixels": StageProfile(seconds["pixels"], None)}
     vision = sum(costs[stage] for stage in VISION_STAGES)
     stages["vision"] = StageProfile(seconds["vision"], vision)
@@ -282,23 +282,23 @@ def _summarise(
     stages["prefill"] = StageProfile(seconds["prefill"], costs["prefill"])
     stages["decode"] = StageProfile(decode, costs["decode"])
     first = Spread.of([run["pixels"] + run["vision"] + run["prefill"] for run in runs])
-    return ModeProfile(shown.grid, stages, first, 1 / decode.median, peak)
+    return ModeProfile(planned.grid_mode, stages, first, 1 / decode.median, peak)
 
 
 def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> dict:
     """Seconds of each stage of one answer with nothing cached but geometry; `decode` is a list."""
     pipeline.forget()
-    shown = _picture(sequence)
+    planned = _planned_image(sequence)
     clock = time.perf_counter
     start = clock()
-    batches = list(pipeline.encoder.batches(cut(shown.image, shown.plan), shown.grid))
+    batches = list(pipeline.encoder.batches(cut(planned.image, planned.plan), planned.grid_mode))
     pixels = clock()
-    tokens: list[np.ndarray] = [np.empty(0)] * len(shown.plan.crop_sizes)
+    tokens: list[np.ndarray] = [np.empty(0)] * len(planned.plan.crop_sizes)
     for members, feeds in batches:
         for index, result in zip(members, pipeline.vision.infer(feeds)[TOKENS], strict=True):
             tokens[index] = result
     vision = clock()
-    pipeline.remember(shown, tokens)
+    pipeline.remember(planned, tokens)
     token = greedy(pipeline.prefill(sequence))
     prefill = clock()
     decode = []
@@ -314,11 +314,11 @@ def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> 
     }
 
 
-def _picture(sequence: PromptSequence) -> Picture:
-    return next(s.content for s in sequence.segments if isinstance(s.content, Picture))
+def _planned_image(sequence: PromptSequence) -> PlannedImage:
+    return next(s.content for s in sequence.segments if isinstance(s.content, PlannedImage))
 
 
-def _flops(grids: Sequence[Grid], manifest: Manifest, positions: int, mode: str) -> dict[str, int]:
+def _flops(grids: Sequence[Grid], manifest: Manifest, positions: int, grid_mode: str) -> dict[str, int]:
     """FLOPs by stage of the graphs in the bundle.
 
     Without folding, the projector and the JBU's last fix-up are the released computation, but crops
@@ -335,7 +335,9 @@ def _flops(grids: Sequence[Grid], manifest: Manifest, positions: int, mode: str)
     # Crops of one shape are a batch of their own: none is padded to another's windows.
     counts["hiwin"] = sum(
         flops.total(
-            flops.projector([g for g in grids if g == shape], model.projector, folded=folded, mode=mode)
+            flops.projector(
+                [g for g in grids if g == shape], model.projector, folded=folded, grid_mode=grid_mode
+            )
         ).flops
         for shape in dict.fromkeys(grids)
     )

@@ -51,27 +51,27 @@ def check_files(folder: Path, reason: str) -> None:
 def print_bundle(folder: Path, manifest: Manifest, console: Console | None = None) -> None:
     """Print what the bundle in `folder` holds, for people."""
     console = console or Console()
-    model, run, source = manifest.model, manifest.run, manifest.source
+    model, settings, source = manifest.model, manifest.settings, manifest.source
     longest = "as it is"
-    if run.resize:
-        longest = f"{run.resize}{' where that enlarges' if run.upscale_only else ''}"
+    if settings.resize:
+        longest = f"{settings.resize}{' where that enlarges' if settings.upscale_only else ''}"
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     rows = {
         "bundle": f"{folder}, {format_bytes(total_bytes(manifest))}, schema {manifest.schema_version}",
-        "source": f"{source.id} ({source.generation} generation), config {source.config_sha256[:12]}",
+        "source": f"{source.id} ({source.release} release), config {source.config_sha256[:12]}",
         "backend": f"{manifest.backend}, {'folded' if manifest.fold else 'not folded'}",
         "precision": ", ".join(f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items()),
         "vision": f"{model.vision.layers} layers of {model.vision.hidden}, patch {model.vision.patch}",
         "projector": f"{model.projector.kind}, levels {', '.join(f'{s}x' for s in model.projector.levels)}, "
         f"{model.projector.side**2} tokens a crop",
         "language": f"{model.language.kind}, {model.language.layers} layers of {model.language.hidden}, "
-        f"vocabulary {model.language.vocab}, context {run.context}",
-        "layout": f"{run.layout}, template {run.template}, separators {run.separators.comma} and "
-        f"{run.separators.newline}",
-        "slicing": f"grid {run.grid}, at most {run.max_slices} slices, longest side {longest}, "
-        f"boxes {run.boxes}",
+        f"vocabulary {model.language.vocab}, context {settings.context}",
+        "layout": f"{settings.layout}, template {settings.template}, separators "
+        f"{settings.separators.comma} and {settings.separators.newline}",
+        "slicing": f"grid mode {settings.grid_mode}, at most {settings.max_slices} slices, longest side "
+        f"{longest}, RoI rounding {settings.roi_rounding}",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
     if manifest.backend in ENGINE_BACKENDS:
@@ -139,9 +139,9 @@ def print_parity(
     before = {_key(entry): entry for entry in built}
     for key in dict.fromkeys([*before, *now]):
         entries = [before.get(key), now.get(key)] if measured else [before[key]]
-        shown = next(entry for entry in reversed(entries) if entry is not None)
-        limit = "none" if shown.limit is None else _number(shown.limit)
-        mark = "not measured" if shown.value is None else "[green]ok[/green]"
+        planned = next(entry for entry in reversed(entries) if entry is not None)
+        limit = "none" if planned.limit is None else _number(planned.limit)
+        mark = "not measured" if planned.value is None else "[green]ok[/green]"
         if not all(entry.ok for entry in entries if entry is not None):
             mark = "[red]over[/red]"
         table.add_row(": ".join(key), *(_value(entry) for entry in entries), limit, mark)

@@ -46,8 +46,8 @@ def describe_profile(profile: Profile) -> dict:
     facts["paper"] = {
         "note": PAPER_NOTE,
         "rows": {
-            grid: {"training_hours": hours, "latency_seconds": latency, "training_gigabytes": gigabytes}
-            for grid, (hours, latency, gigabytes) in PAPER.items()
+            grid_mode: {"training_hours": hours, "latency_seconds": latency, "training_gigabytes": gigabytes}
+            for grid_mode, (hours, latency, gigabytes) in PAPER.items()
         },
     }
     return facts
@@ -87,7 +87,7 @@ def _times(profile: Profile) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("milliseconds")
     for mode in profile.modes:
-        table.add_column(mode.grid, justify="right")
+        table.add_column(mode.grid_mode, justify="right")
     for name in _stage_names(profile):
         stages = (mode.stages.get(name) for mode in profile.modes)
         table.add_row(_NAMES[name], *("" if s is None else _milliseconds(s.seconds) for s in stages))
@@ -99,7 +99,7 @@ def _work(profile: Profile) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("\nwork", no_wrap=True)
     for mode in profile.modes:
-        table.add_column(f"{mode.grid}\nGFLOP", justify="right")
+        table.add_column(f"{mode.grid_mode}\nGFLOP", justify="right")
         table.add_column("\nGFLOP/s", justify="right")
     for name in _stage_names(profile):
         cells = []
@@ -130,10 +130,10 @@ def _modes(profile: Profile) -> Table:
 
 
 def _mode_cells(mode: ModeProfile) -> list[str]:
-    hours, latency, gigabytes = PAPER[mode.grid]
+    hours, latency, gigabytes = PAPER[mode.grid_mode]
     peak = "not taken" if mode.peak_bytes is None else format_bytes(mode.peak_bytes)
     return [
-        mode.grid,
+        mode.grid_mode,
         _milliseconds(mode.first_token),
         f"{mode.tokens_per_second:,.1f}",
         peak,

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_PICTURE, Manifest
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.terminal.report import format_bytes
 
@@ -28,8 +28,8 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(table)
-    if QUALITY_PICTURE in manifest.files:
-        console.print(f"by layer and module: {folder / QUALITY_PICTURE}", soft_wrap=True)
+    if QUALITY_CHART in manifest.files:
+        console.print(f"by layer and module: {folder / QUALITY_CHART}", soft_wrap=True)
 
 
 def summary_lines(report: dict) -> list[str]:

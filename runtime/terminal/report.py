@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from uhd_export.runtime.config import ModelShape, official
+from uhd_export.runtime.config import ModelConfig, official
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import LAYOUTS, Separators, indicator_tokens, visual_token_count
@@ -33,7 +33,7 @@ def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str =
     this model and the layout *flat*.
     """
     shape = official(model)
-    visual = {layout: visual_token_count(plan.grid, layout=layout) for layout in LAYOUTS}
+    visual = {layout: visual_token_count(plan.slice_grid, layout=layout) for layout in LAYOUTS}
     crops = [
         {
             "size": list(size),
@@ -45,11 +45,11 @@ def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str =
     return {
         "source_size": list(plan.source_size),
         "resized_size": list(plan.resized_size),
-        "grid": plan.grid and list(plan.grid),
+        "slice_grid": plan.slice_grid and list(plan.slice_grid),
         "slice_size": plan.slice_size and list(plan.slice_size),
         "refined_size": plan.refined_size and list(plan.refined_size),
         "overview_size": list(plan.overview_size),
-        "indicator_tokens": indicator_tokens(plan.grid, Separators()),
+        "indicator_tokens": indicator_tokens(plan.slice_grid, Separators()),
         "visual_tokens": visual,
         "grid_mode": grid_mode,
         "crops": crops,
@@ -58,24 +58,24 @@ def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str =
     }
 
 
-def _keys(grid: tuple[int, int], shape: ModelShape, mode: str) -> int:
-    return keys_per_window(grid, shape.projector, mode)
+def _keys(grid: tuple[int, int], config: ModelConfig, mode: str) -> int:
+    return keys_per_window(grid, config.projector, mode)
 
 
-def _refused(plan: SlicePlan, shape: ModelShape, mode: str) -> str | None:
+def _refused(plan: SlicePlan, config: ModelConfig, mode: str) -> str | None:
     """Why the model cannot run the crops, in the words it would use; None where it can."""
     try:
         for rows, cols in set(plan.patch_grids):
-            crop_geometry(rows, cols, levels=shape.projector.scales, grid=mode)
+            crop_geometry(rows, cols, levels=config.projector.scales, grid_mode=mode)
     except UhdError as error:
         return str(error)
     return None
 
 
-def _costs(plan: SlicePlan, shape: ModelShape, model: str, positions: int, mode: str) -> dict:
+def _costs(plan: SlicePlan, config: ModelConfig, model: str, positions: int, mode: str) -> dict:
     stages = {}
     for kind, folded in (("released", False), ("exported", True)):
-        costs = stage_costs(plan.patch_grids, shape, positions, folded=folded, mode=mode)
+        costs = stage_costs(plan.patch_grids, config, positions, folded=folded, grid_mode=mode)
         for stage, parts in costs.items():
             stages.setdefault(stage, {})[kind] = asdict(total(parts))
     return {
@@ -83,10 +83,10 @@ def _costs(plan: SlicePlan, shape: ModelShape, model: str, positions: int, mode:
         "positions": positions,
         "stages": stages,
         "language_bytes": {
-            "float16": language_bytes(shape.language),
-            "int4": language_bytes(shape.language, INT4_BYTES),
+            "float16": language_bytes(config.language),
+            "int4": language_bytes(config.language, INT4_BYTES),
         },
-        "kv_bytes_float16": kv_cache_bytes(shape.language, positions),
+        "kv_bytes_float16": kv_cache_bytes(config.language, positions),
     }
 
 
@@ -106,7 +106,7 @@ def print_plan(facts: dict, console: Console | None = None) -> None:
         table.add_row("resized", _size(facts["resized_size"]))
     *slices, overview = facts["crops"]
     if slices:
-        table.add_row("grid", f"{_size(facts['grid'])} slices (columns x rows)")
+        table.add_row("grid", f"{_size(facts['slice_grid'])} slices (columns x rows)")
         table.add_row("slice", _crop(slices[0]))
     else:
         table.add_row("grid", "none: the overview alone")

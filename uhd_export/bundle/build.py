@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from uhd_export.bundle.parity import measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
 from uhd_export.bundle.staging import refuse_existing, staged_folder
-from uhd_export.checkpoint.config import ModelConfig, check_image_options, read_config
+from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
 from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
@@ -30,7 +30,7 @@ from uhd_export.runtime.bundle.manifest import (
     LANGUAGE,
     MANIFEST,
     QUALITY,
-    QUALITY_PICTURE,
+    QUALITY_CHART,
     SCHEMA_VERSION,
     TOKENIZER,
     VISION,
@@ -45,7 +45,7 @@ from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import MAX_SLICES
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.progress import progress_bar
-from uhd_export.runtime.settings import RunConfig
+from uhd_export.runtime.settings import Settings
 from uhd_export.tensorrt import EngineOptions
 from uhd_export.tensorrt.engines import BACKENDS, engine_options, replace_graphs
 
@@ -62,10 +62,10 @@ class BuildOptions:
     fold: bool = True
     layout: str | None = None
     mask: int | None = None
-    grid: str = "selective"
+    grid_mode: str = "selective"
     max_slices: int = MAX_SLICES
     resize: int | None = None
-    boxes: str = "exact"
+    roi_rounding: str = "exact"
     vision_tower: str | None = None
     config: str | None = None
     context: int | None = None
@@ -76,7 +76,7 @@ class BuildOptions:
         """Raise UhdError naming the first option out of range."""
         choice("backend", self.backend, BACKENDS)
         choice("dtype", self.dtype, DTYPES)
-        check_image_options(self.layout, self.grid, self.max_slices, self.resize, self.boxes)
+        check_image_options(self.layout, self.grid_mode, self.max_slices, self.resize, self.roi_rounding)
 
     @property
     def dialect(self) -> str:
@@ -93,10 +93,10 @@ def build_bundle(
     fold: bool = True,
     layout: str | None = None,
     mask: int | None = None,
-    grid: str = "selective",
+    grid_mode: str = "selective",
     max_slices: int = MAX_SLICES,
     resize: int | None = None,
-    boxes: str = "exact",
+    roi_rounding: str = "exact",
     vision_tower: str | Path | None = None,
     config: str | Path | None = None,
     context: int | None = None,
@@ -115,16 +115,16 @@ def build_bundle(
     """Write the bundle of checkpoint `source` to the folder `out`, and return its manifest.
 
     `source` is a folder, a Hugging Face hub id, or "nano" for the embedded model. `dtype` is the type
-    of weights and activations: float32 (default for onnxruntime) or float16 (for engines); `context` the
-    positions of the key-value cache (default: the model's). `grid`, `max_slices` and `resize` are defaults
-    that can be changed at run time. `weights`, `group`, `lm_head` and `activations` say how the language
-    model's linear layers are stored (see `WeightOptions`); the quality report of a quantized checkpoint
-    goes along. `compute_capabilities`, `plugins` and `workspace` (MiB) are for engines (see
-    `EngineOptions`), whose parity is that of the graphs they are built from. `layout`, `mask`, `boxes`,
-    `vision_tower` and `config` are as in `load_model`. With `verify`, the parts are compared with PyTorch
-    and the measurements recorded; a bundle out of tolerance is not written. `quantize` is called when
-    everything has been checked; it makes the GPTQ checkpoint that is built for `source`. `force` replaces
-    an existing bundle; `progress` draws bars on a terminal.
+    of weights and activations: float32 (default for onnxruntime) or float16 (for engines); `context`
+    the positions of the key-value cache (default: the model's). `grid_mode`, `max_slices` and `resize`
+    are defaults that can be changed at run time. `weights`, `group`, `lm_head` and `activations` say
+    how the language model's linear layers are stored (see `WeightOptions`); the quality report of a
+    quantized checkpoint goes along. `compute_capabilities`, `plugins` and `workspace` (MiB) are for
+    engines (see `EngineOptions`), whose parity is that of the graphs they are built from. `layout`,
+    `mask`, `roi_rounding`, `vision_tower` and `config` are as in `load_model`. With `verify`, the parts
+    are compared with PyTorch and the measurements recorded; a bundle out of tolerance is not written.
+    `quantize` is called when everything has been checked; it makes the GPTQ checkpoint that is built
+    for `source`. `force` replaces an existing bundle; `progress` draws bars on a terminal.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
@@ -136,10 +136,10 @@ def build_bundle(
         fold=fold,
         layout=layout,
         mask=mask,
-        grid=grid,
+        grid_mode=grid_mode,
         max_slices=max_slices,
         resize=resize,
-        boxes=boxes,
+        roi_rounding=roi_rounding,
         vision_tower=None if vision_tower is None else str(vision_tower),
         config=None if config is None else str(config),
         context=context,
@@ -169,7 +169,7 @@ def build_bundle(
                 manifest = replace(manifest, parity=tuple(parity))
             if engines is not None:
                 parity = tuple(replace(p, part=f"{p.part} (graph)") for p in manifest.parity)
-                replace_graphs(staging, parsed, engines, options.dtype, manifest.run.context, progress)
+                replace_graphs(staging, parsed, engines, options.dtype, manifest.settings.context, progress)
                 manifest = replace(manifest, parity=parity, files=_files(staging, progress))
             write_manifest(staging, manifest)
     finally:
@@ -178,7 +178,7 @@ def build_bundle(
 
 
 def _check_before(
-    folder: Path, config: ModelConfig, out: Path, options: BuildOptions, force: bool, quantizing: bool
+    folder: Path, config: CheckpointConfig, out: Path, options: BuildOptions, force: bool, quantizing: bool
 ) -> None:
     """Raise UhdError for whatever can be refused before any work, the longest of which is quantizing."""
     refuse_existing(out, force)
@@ -211,13 +211,13 @@ def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
 
 def _write_parts(
     checkpoint: Checkpoint,
-    config: ModelConfig,
+    config: CheckpointConfig,
     folder: Path,
     options: BuildOptions,
     quantization: Quantization | None,
     progress: bool,
 ) -> None:
-    for name in (QUALITY, QUALITY_PICTURE):
+    for name in (QUALITY, QUALITY_CHART):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
@@ -240,7 +240,7 @@ def _write_parts(
         write_embeddings(checkpoint, folder / EMBEDDINGS, options.dtype, bar.set)
 
 
-def _refuse_small_context(context: int, config: ModelConfig, tokenizer: Tokenizer) -> None:
+def _refuse_small_context(context: int, config: CheckpointConfig, tokenizer: Tokenizer) -> None:
     """Raise UhdError where no answer to any question fits: the image's marker counts for its first token."""
     text = len(prompts.encode(tokenizer, prompts.render("", config.template)))
     needed = config.projector.side**2 + text
@@ -271,21 +271,21 @@ def write_embeddings(
 def _describe(
     source: str | Path,
     folder: Path,
-    config: ModelConfig,
+    config: CheckpointConfig,
     staging: Path,
     options: BuildOptions,
     progress: bool,
 ) -> Manifest:
     """The manifest of the files in `staging`, without parity yet."""
-    run = RunConfig(
+    settings = Settings(
         layout=config.layout,
         template=config.template,
         separators=config.separators,
-        grid=options.grid,
+        grid_mode=options.grid_mode,
         max_slices=options.max_slices,
         resize=options.resize,
         upscale_only=config.upscale_only,
-        boxes=options.boxes,
+        roi_rounding=options.roi_rounding,
         context=options.context or config.language.context,
     )
     return Manifest(
@@ -296,13 +296,13 @@ def _describe(
         source=describe_source(
             source,
             folder,
-            config.generation,
+            config.release,
             config=options.config,
             vision_tower=options.vision_tower,
             mask=options.mask,
         ),
-        model=config.shape,
-        run=run,
+        model=config.model,
+        settings=settings,
         tools=tool_versions(*(() if options.engines is None else (options.backend,))),
         parity=(),
         files=_files(staging, progress),

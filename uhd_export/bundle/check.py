@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uhd_export.bundle.parity import measure_parity
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.graph.int4.view import as_stored
@@ -73,18 +73,18 @@ def check_bundle(
     return CheckReport(manifest, size, found, tuple(measured), None)
 
 
-def model_config(manifest: Manifest) -> ModelConfig:
+def model_config(manifest: Manifest) -> CheckpointConfig:
     """The configuration that the bundle was built with."""
-    model, run = manifest.model, manifest.run
-    return ModelConfig(
+    model, settings = manifest.model, manifest.settings
+    return CheckpointConfig(
         vision=model.vision,
         projector=model.projector,
         language=model.language,
-        layout=run.layout,
-        template=run.template,
-        separators=run.separators,
-        upscale_only=run.upscale_only,
-        generation=manifest.source.generation,
+        layout=settings.layout,
+        template=settings.template,
+        separators=settings.separators,
+        upscale_only=settings.upscale_only,
+        release=manifest.source.release,
     )
 
 

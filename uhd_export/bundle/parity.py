@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
 from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
@@ -34,7 +34,7 @@ _CONTEXT = 1024
 
 
 def measure_parity(
-    bundle: Path, checkpoint: Checkpoint, config: ModelConfig, *, progress: bool = False
+    bundle: Path, checkpoint: Checkpoint, config: CheckpointConfig, *, progress: bool = False
 ) -> list[Parity]:
     """Compare the bundle in folder `bundle` with `checkpoint` in float32 PyTorch.
 
@@ -53,12 +53,12 @@ def measure_parity(
                 ("tokens", "differing", _token_limit(manifest)),
             )
         ]
-    context = min(manifest.run.context, _CONTEXT)
+    context = min(manifest.settings.context, _CONTEXT)
     with (
         progress_bar("parity", len(GRID_MODES) + 4, show=progress) as bar,
         Pipeline.open(bundle, context=context, resize=None) as pipeline,
     ):
-        reference = VisionReference(checkpoint, config, boxes=manifest.run.boxes)
+        reference = VisionReference(checkpoint, config, roi_rounding=manifest.settings.roi_rounding)
         bar.advance()
         results = list(_vision(pipeline, reference, bar))
         results += _language(pipeline, checkpoint, config, reference)
@@ -71,19 +71,21 @@ def _vision(pipeline: Pipeline, reference: VisionReference, bar: Bar) -> Iterato
     limit = LIMITS.get(manifest.precision.vision)
     image = pattern(*SIZE)
     crops = cut(image, pipeline.plan(image))
-    cases = [("slice", crops[0], manifest.run.grid)] if len(crops) > 1 else []
-    cases += [("overview", crops[-1], grid) for grid in GRID_MODES]
-    for name, crop, grid in cases:
+    cases = [("slice", crops[0], manifest.settings.grid_mode)] if len(crops) > 1 else []
+    cases += [("overview", crops[-1], grid_mode) for grid_mode in GRID_MODES]
+    for name, crop, grid_mode in cases:
         height, width = crop.shape[:2]
-        error = relative_error(pipeline.encoder.encode([crop], grid)[0], reference.encode(crop, grid))
+        error = relative_error(
+            pipeline.encoder.encode([crop], grid_mode)[0], reference.encode(crop, grid_mode)
+        )
         yield Parity(
-            "vision", f"{NAME}, {name} {width}x{height}, {grid}", "relative error", error, limit, None
+            "vision", f"{NAME}, {name} {width}x{height}, {grid_mode}", "relative error", error, limit, None
         )
         bar.advance()
 
 
 def _language(
-    pipeline: Pipeline, checkpoint: Checkpoint, config: ModelConfig, reference: VisionReference
+    pipeline: Pipeline, checkpoint: Checkpoint, config: CheckpointConfig, reference: VisionReference
 ) -> list[Parity]:
     """One pass of the reference over the prompt and the bundle's own tokens judges both entries.
 
@@ -93,8 +95,8 @@ def _language(
     manifest = pipeline.manifest
     limit, token_limit = _language_limit(manifest), _token_limit(manifest)
     image = pattern(*SIZE)
-    prompt = prompts.render(QUESTION, manifest.run.template)
-    sequence = PromptSequence(pipeline.input_ids(prompt), [pipeline.picture(image)])
+    prompt = prompts.render(QUESTION, manifest.settings.template)
+    sequence = PromptSequence(pipeline.input_ids(prompt), [pipeline.plan_image(image)])
     room = pipeline.decoder.decoder.context - len(sequence)
     count = max(min(NEW_TOKENS, room), 0)
     metric = f"differing of {count} greedy tokens"

@@ -1,15 +1,15 @@
-"""Configurations: an official `config.json`, of either generation, as typed dataclasses."""
+"""Configurations: an official `config.json`, of either release, as typed dataclasses."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from uhd_export.checkpoint.fields import choice, optional, read_json, required, size
 from uhd_export.checkpoint.vision_tower import given_tower, recorded_tower
-from uhd_export.runtime.config import HEAD_SIZE, LanguageShape, ModelShape, ProjectorShape, VisionShape
+from uhd_export.runtime.config import HEAD_SIZE, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.layout import COMMA, LAYOUTS, NEWLINE, Separators
-from uhd_export.runtime.settings import BOXES
+from uhd_export.runtime.settings import ROI_ROUNDINGS
 
 # `</s>`, which every LLaMA tokenizer has and transformers takes where no config says otherwise.
 LLAMA_EOS = 2
@@ -17,22 +17,22 @@ QUERY_SIDES = {"": 12, "_64": 8, "_256": 16}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class CheckpointConfig:
     """Everything that decides what the model computes."""
 
-    vision: VisionShape
-    projector: ProjectorShape
-    language: LanguageShape
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
     layout: str
     template: str
     separators: Separators
     upscale_only: bool
-    generation: str
+    release: str
 
     @property
-    def shape(self) -> ModelShape:
+    def model(self) -> ModelConfig:
         """The three parts' sizes."""
-        return ModelShape(self.vision, self.projector, self.language)
+        return ModelConfig(self.vision, self.projector, self.language)
 
 
 def read_config(
@@ -42,7 +42,7 @@ def read_config(
     vision_tower: str | Path | None = None,
     layout: str | None = None,
     mask: int | None = None,
-) -> ModelConfig:
+) -> CheckpointConfig:
     """The typed configuration of the checkpoint in `folder`.
 
     `config` replaces its config.json; `vision_tower` (folder or hub id) its `mm_vision_tower`.
@@ -61,14 +61,14 @@ def parse_config(
     *,
     layout: str | None = None,
     mask: int | None = None,
-) -> ModelConfig:
+) -> CheckpointConfig:
     """Typed configuration from a checkpoint's `config.json`, its CLIP's and its `generation_config.json`.
 
     Both generations are read: `feature_mode: featup_muti_res` (December 2024) and `model_mode:
     uhd_v2` / `uhd_v1`. `layout` and `mask` override what the config says.
     Raises UhdError naming the field that is missing or not supported.
     """
-    kind, suffix, generation = _projector_kind(config)
+    kind, suffix, release = _projector_kind(config)
     language = _language(config, generating or {})
     vision = _vision(config, tower)
     if language.hidden % HEAD_SIZE:
@@ -79,15 +79,15 @@ def parse_config(
     if mask is None:
         mask = optional(config, "feature_scale_mask", int, 7)
     levels = (1,) if kind == "v1" else mask_levels(mask)
-    return ModelConfig(
+    return CheckpointConfig(
         vision=vision,
-        projector=ProjectorShape(kind, language.hidden, vision.hidden, levels, QUERY_SIDES[suffix]),
+        projector=ProjectorConfig(kind, language.hidden, vision.hidden, levels, QUERY_SIDES[suffix]),
         language=language,
-        layout=layout or ("merged" if generation == "first" else "flat"),
+        layout=layout or ("merged" if release == "first" else "flat"),
         template="qwen" if language.kind == "qwen2" else "vicuna_v1",
         separators=_separators(config),
-        upscale_only=generation == "first",
-        generation=generation,
+        upscale_only=release == "first",
+        release=release,
     )
 
 
@@ -111,7 +111,7 @@ def _separators(config: dict) -> Separators:
 
 
 def _projector_kind(config: dict) -> tuple[str, str, str]:
-    """(kind, query suffix, generation) from the fields of either generation."""
+    """(kind, query suffix, release) from the fields of either release."""
     name = required(config, "mm_projector_type", str)
     if config.get("feature_mode") is not None and config.get("model_mode") is None:
         if config["feature_mode"] != "featup_muti_res":
@@ -142,7 +142,7 @@ def _unsupported_projector(name: str) -> UhdError:
     )
 
 
-def _language(config: dict, generating: dict) -> LanguageShape:
+def _language(config: dict, generating: dict) -> LanguageConfig:
     model_type = required(config, "model_type", str)
     kinds = {
         "llava_llama": "llama",
@@ -178,7 +178,7 @@ def _language(config: dict, generating: dict) -> LanguageShape:
         raise UhdError(
             f"config field num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
         )
-    return LanguageShape(
+    return LanguageConfig(
         kind=kind,
         hidden=hidden,
         intermediate=size(config, "intermediate_size"),
@@ -212,7 +212,7 @@ def _eos(config: dict, generating: dict, kind: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids)) or (LLAMA_EOS,)
 
 
-def _vision(config: dict, tower: dict) -> VisionShape:
+def _vision(config: dict, tower: dict) -> VisionConfig:
     tower = tower.get("vision_config", tower)
     where = "vision config"
     layer = optional(config, "mm_vision_select_layer", int, -2)
@@ -242,7 +242,7 @@ def _vision(config: dict, tower: dict) -> VisionShape:
         raise UhdError(
             f"{where} field num_hidden_layers: {layers} is too few; features leave the last but one"
         )
-    return VisionShape(
+    return VisionConfig(
         hidden=hidden,
         intermediate=size(tower, "intermediate_size", where=where),
         layers=layers - 1,
@@ -254,12 +254,12 @@ def _vision(config: dict, tower: dict) -> VisionShape:
 
 
 def check_image_options(
-    layout: str | None, grid: str, max_slices: int, resize: int | None, boxes: str
+    layout: str | None, grid_mode: str, max_slices: int, resize: int | None, roi_rounding: str
 ) -> None:
     """Raise UhdError naming the first option of how images are cut and laid out that is out of range."""
     choice("layout", layout, (None, *LAYOUTS))
-    choice("grid", grid, GRID_MODES)
-    choice("boxes", boxes, BOXES)
+    choice("grid_mode", grid_mode, GRID_MODES)
+    choice("roi_rounding", roi_rounding, ROI_ROUNDINGS)
     if max_slices < 1:
         raise UhdError(f"max slices {max_slices}: must be at least 1 (1 means overview only)")
     if resize is not None and resize < 1:

@@ -15,7 +15,7 @@ from uhd_export.runtime.errors import UhdError
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
 # Tensors that official checkpoints hold and some configuration does not use: the second CLIP, levels
-# and stages that the mask leaves out, the other projector generation's parts.
+# and stages that the mask leaves out, the other projector release's parts.
 _UNUSED = re.compile(
     r"mm_projector\.(query(_\d)?|pos_embed|proj|(kv|cat)_proj\.\w+|ln_(q|kv|proj|post)\.\w+|attn\..*"
     r"|upsampler\.(model|upsampler)\..*|features_\dx_projector\.\w+|feature_\dx_embedding)$"

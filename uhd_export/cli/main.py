@@ -77,9 +77,11 @@ def main(debug: bool) -> None:
 @click.argument("source", metavar="WIDTHxHEIGHT|IMAGE")
 @click.option("--max-slices", default=9, show_default=True, help="Most slices of an image.")
 @click.option("--resize", type=int, metavar="N", help="Longest side before slicing; default: as it is.")
-@click.option("--grid", default="selective", show_default=True, help="selective, fix or pyramid.")
+@click.option(
+    "--grid", "grid_mode", default="selective", show_default=True, help="selective, fix or pyramid."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(source: str, max_slices: int, resize: int | None, grid: str, as_json: bool) -> None:
+def plan(source: str, max_slices: int, resize: int | None, grid_mode: str, as_json: bool) -> None:
     """Show how an image is cut, its tokens, and what it costs."""
     from uhd_export.runtime.image.pixels import source_size
     from uhd_export.runtime.image.slicing import plan_slices
@@ -88,7 +90,7 @@ def plan(source: str, max_slices: int, resize: int | None, grid: str, as_json: b
 
     with status("opening the image"):
         size = source_size(source)
-    facts = report.describe_plan(plan_slices(size, max_slices=max_slices, resize=resize), grid_mode=grid)
+    facts = report.describe_plan(plan_slices(size, max_slices=max_slices, resize=resize), grid_mode=grid_mode)
     if as_json:
         report.print_json(facts)
     else:
@@ -105,7 +107,7 @@ _device = several(
     ),
 )
 _slicing = several(
-    click.option("--grid", help="selective, fix or pyramid; default: the bundle's."),
+    click.option("--grid", "grid_mode", help="selective, fix or pyramid; default: the bundle's."),
     click.option("--max-slices", type=int, metavar="N", help="Most slices; 1 means the overview only."),
     click.option("--resize", type=int, metavar="N", help="Longest side before slicing."),
 )
@@ -273,7 +275,7 @@ def evaluate(bundle: Path, count: int, as_json: bool, **options: Any) -> None:
 @click.option("--size", default="1008x672", show_default=True, metavar="WIDTHxHEIGHT", help="Image size.")
 @click.option("--repeats", default=5, show_default=True, help="Measured runs of each grid mode.")
 @click.option("--tokens", default=16, show_default=True, help="Tokens decoded in each run.")
-@click.option("--grid", "grids", multiple=True, help="Grid mode, repeatable; default: all three.")
+@click.option("--grid", "grid_modes", multiple=True, help="Grid mode, repeatable; default: all three.")
 @_device
 @_json
 def profile(
@@ -281,7 +283,7 @@ def profile(
     size: str,
     repeats: int,
     tokens: int,
-    grids: tuple[str, ...],
+    grid_modes: tuple[str, ...],
     device: str | None,
     threads: int | None,
     context: int | None,
@@ -294,7 +296,7 @@ def profile(
     from uhd_export.runtime.terminal import profile_report
     from uhd_export.runtime.terminal.report import print_json
 
-    modes = grids or profiler.GRID_MODES
+    modes = grid_modes or profiler.GRID_MODES
     steps = profiler.steps(modes, repeats)
     with (
         _open(bundle, device=device, threads=threads, context=context) as pipeline,
@@ -303,7 +305,7 @@ def profile(
         measured = profiler.profile_pipeline(
             pipeline,
             source_size(size),
-            grids=modes,
+            grid_modes=modes,
             repeats=repeats,
             new_tokens=tokens,
             device=device,

@@ -40,12 +40,20 @@ _eval = click.option("--eval", "questions", type=int, help="Questions to nano; d
 weight_options = several(*_stored, *_calibration, _eval)
 # How images are cut and laid out, by default as the checkpoint says.
 image_options = several(
-    click.option("--layout", help="flat or merged; default: by the checkpoint's generation."),
+    click.option("--layout", help="flat or merged; default: by the checkpoint's release."),
     click.option("--mask", type=int, help="feature_scale_mask; default: the config's."),
-    click.option("--grid", default="selective", show_default=True, help="selective, fix or pyramid."),
+    click.option(
+        "--grid", "grid_mode", default="selective", show_default=True, help="selective, fix or pyramid."
+    ),
     click.option("--max-slices", default=9, show_default=True, help="Most slices of an image."),
     click.option("--resize", type=int, metavar="N", help="Longest side before slicing; default: as it is."),
-    click.option("--boxes", default="exact", show_default=True, help="exact, or bf16 as the released code."),
+    click.option(
+        "--boxes",
+        "roi_rounding",
+        default="exact",
+        show_default=True,
+        help="exact, or bf16 as the released code.",
+    ),
     click.option("--vision-tower", metavar="PATH|ID", help="Replaces the config's mm_vision_tower."),
     click.option("--config", type=click.Path(), help="Replaces the checkpoint's config.json."),
 )
@@ -114,7 +122,7 @@ def quantizer(source: str, output: Path, options: dict[str, Any]) -> Callable[[]
         calibration["questions"] = _QUESTIONS
     gptq = {"group": options["group"]}
     options["group"] = None  # the checkpoint's own groups are built
-    names = ("layout", "mask", "grid", "max_slices", "resize", "boxes", "vision_tower", "config")
+    names = ("layout", "mask", "grid_mode", "max_slices", "resize", "roi_rounding", "vision_tower", "config")
     images = {name: options[name] for name in names}
     made = output.with_name(f"{output.name}-gptq")
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from uhd_export.graph.linear import TensorSource
 from uhd_export.plugins.graph import CONTRIB_DOMAIN, GraphBuilder
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.language.decoder import (
     EMBEDS,
     KEY_VALUE,
@@ -20,7 +20,7 @@ from uhd_export.runtime.language.decoder import (
 )
 
 
-def rotary_cache(config: LanguageShape, context: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_cache(config: LanguageConfig, context: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, float64, (context, head_size / 2), of the rotary embedding (arXiv 2104.09864, eq. 15).
 
     Computed in float64, so that rounding to the graph's type is the only error.
@@ -35,7 +35,9 @@ class Dialect(ABC):
 
     opset: int
 
-    def __init__(self, config: LanguageShape, source: TensorSource, dtype: ir.DataType, context: int) -> None:
+    def __init__(
+        self, config: LanguageConfig, source: TensorSource, dtype: ir.DataType, context: int
+    ) -> None:
         self.config, self.source, self.dtype, self.context = config, source, dtype, context
         self.builder = GraphBuilder("language", opset=self.opset)
         self.embeds = self.builder.input(EMBEDS, dtype, (1, "sequence", config.hidden))

@@ -9,14 +9,14 @@ from uhd_export.model.projector import LN_EPS, QUERY_SETS
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.plugins.window_attention.onnx_op import add_window_attention
 from uhd_export.plugins.window_attention.reference import Level
-from uhd_export.runtime.config import HEAD_SIZE, ProjectorShape
+from uhd_export.runtime.config import HEAD_SIZE, ProjectorConfig
 
 Geometry = dict[str, ir.Value]
 
 
 def emit_folded(
     b: GraphBuilder,
-    config: ProjectorShape,
+    config: ProjectorConfig,
     folded: FoldedProjector,
     weights: Weights,
     maps: dict,
@@ -52,7 +52,7 @@ def emit_folded(
 
 
 def _pixel_scale(
-    b: GraphBuilder, config: ProjectorShape, level: FoldedLevel, weights: Weights, name: str, x: ir.Value
+    b: GraphBuilder, config: ProjectorConfig, level: FoldedLevel, weights: Weights, name: str, x: ir.Value
 ) -> ir.Value:
     """The LayerNorm's scalar of each pixel, (B, H, W), summed in float32."""
     x = b.op("MatMul", x, weights.array(name + "norm_weight", level.norm_weight))
@@ -71,7 +71,7 @@ def _affine(b: GraphBuilder, weights: Weights, x: ir.Value, folded: FoldedProjec
     return b.op("Add", b.op("MatMul", x, weight), bias)
 
 
-def _standardise(b: GraphBuilder, weights: Weights, x: ir.Value, config: ProjectorShape) -> ir.Value:
+def _standardise(b: GraphBuilder, weights: Weights, x: ir.Value, config: ProjectorConfig) -> ir.Value:
     """LayerNorm without affine."""
     ones = b.constant(np.ones(config.hidden), weights.dtype.numpy())
     zeros = b.constant(np.zeros(config.hidden), weights.dtype.numpy())
@@ -79,7 +79,7 @@ def _standardise(b: GraphBuilder, weights: Weights, x: ir.Value, config: Project
 
 
 def emit_hiwin(
-    b: GraphBuilder, config: ProjectorShape, weights: Weights, maps: dict[int, ir.Value], geometry: Geometry
+    b: GraphBuilder, config: ProjectorConfig, weights: Weights, maps: dict[int, ir.Value], geometry: Geometry
 ) -> ir.Value:
     """(B, N, D) tokens as the released code computes them: every query set projects keys anew."""
     pairs = []
@@ -102,7 +102,7 @@ def emit_hiwin(
 
 
 def emit_v1(
-    b: GraphBuilder, config: ProjectorShape, weights: Weights, features: ir.Value, geometry: Geometry
+    b: GraphBuilder, config: ProjectorConfig, weights: Weights, features: ir.Value, geometry: Geometry
 ) -> ir.Value:
     """(B, N, D) tokens of the LLaVA-UHD projector, from (B, h, w, C) features."""
     level = weights.layer_norm(b.op("MatMul", features, weights.linear("kv_proj")), "ln_kv", LN_EPS)
@@ -113,7 +113,7 @@ def emit_v1(
 
 def _keys_values(
     b: GraphBuilder,
-    config: ProjectorShape,
+    config: ProjectorConfig,
     weights: Weights,
     level: ir.Value,
     scale: int,
@@ -132,7 +132,7 @@ def _keys_values(
 
 
 def _pool(
-    b: GraphBuilder, config: ProjectorShape, maps: ir.Value, roi_y: ir.Value, roi_x: ir.Value
+    b: GraphBuilder, config: ProjectorConfig, maps: ir.Value, roi_y: ir.Value, roi_x: ir.Value
 ) -> ir.Value:
     """RoIAlign of (B, H, W, D) to (B, N, K, D), as two matrix products."""
     side, d, batch = config.side, config.hidden, b.dim(maps, 0)
@@ -148,7 +148,7 @@ def _pool(
 
 
 def _attend(
-    b: GraphBuilder, config: ProjectorShape, weights: Weights, query: str, keys: ir.Value, values: ir.Value
+    b: GraphBuilder, config: ProjectorConfig, weights: Weights, query: str, keys: ir.Value, values: ir.Value
 ) -> ir.Value:
     """One query a window over (B, N, K, D) keys and values, to (B, N, D)."""
     windows, heads, d = config.side**2, config.heads, config.hidden

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.dialects import DIALECTS, Dialect
 from uhd_export.graph.linear import Dense, Linear, LinearFormat, TensorReader, TensorSource
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import LOGITS
 
@@ -24,7 +24,7 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
 def emit_language(
-    config: LanguageShape,
+    config: LanguageConfig,
     tensors: Checkpoint | TensorReader,
     path: str | Path,
     *,
@@ -54,7 +54,7 @@ def emit_language(
     return _save(graph, Path(path), on_tensor)
 
 
-def check_context(config: LanguageShape, context: int) -> None:
+def check_context(config: LanguageConfig, context: int) -> None:
     """Raise UhdError where the model has not been trained for `context` positions."""
     if not 1 <= context <= config.context:
         raise UhdError(

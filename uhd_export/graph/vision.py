@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.graph.hiwin import emit_folded, emit_hiwin, emit_v1
 from uhd_export.graph.vit import emit_vit
@@ -27,7 +27,7 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
 def emit_vision(
-    config: ModelConfig,
+    config: CheckpointConfig,
     checkpoint: Checkpoint,
     path: Path,
     *,
@@ -76,13 +76,13 @@ def emit_vision(
     b.save(path, on_tensor)
 
 
-def _geometry(config: ModelConfig) -> dict[str, np.ndarray]:
+def _geometry(config: CheckpointConfig) -> dict[str, np.ndarray]:
     """Geometry of some crop, for the names and ranks of the inputs."""
     projector = config.projector
     return crop_geometry(24, 24, levels=projector.levels, side=projector.side, table=config.vision.table)
 
 
-def _fold(config: ModelConfig, checkpoint: Checkpoint) -> FoldedProjector:
+def _fold(config: CheckpointConfig, checkpoint: Checkpoint) -> FoldedProjector:
     with torch.device("meta"):
         projector = HiwinProjector(config.projector)
     checkpoint.load_into(projector, PROJECTOR_PREFIX, torch.float32)
@@ -91,7 +91,7 @@ def _fold(config: ModelConfig, checkpoint: Checkpoint) -> FoldedProjector:
 
 def _emit_pyramid(
     b: GraphBuilder,
-    config: ModelConfig,
+    config: CheckpointConfig,
     weights: Weights,
     features: ir.Value,
     pixels: ir.Value,

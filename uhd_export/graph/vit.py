@@ -4,11 +4,11 @@ import onnx_ir as ir
 
 from uhd_export.graph.weights import Weights
 from uhd_export.plugins.graph import GraphBuilder
-from uhd_export.runtime.config import VisionShape
+from uhd_export.runtime.config import VisionConfig
 
 
 def emit_vit(
-    b: GraphBuilder, config: VisionShape, weights: Weights, pixels: ir.Value, geometry: dict[str, ir.Value]
+    b: GraphBuilder, config: VisionConfig, weights: Weights, pixels: ir.Value, geometry: dict[str, ir.Value]
 ) -> ir.Value:
     """(B, 3, 14h, 14w) pixels to (B, h, w, C) features of the last layer but one."""
     batch = b.dim(pixels, 0)
@@ -23,7 +23,7 @@ def emit_vit(
 
 
 def _patches(
-    b: GraphBuilder, config: VisionShape, weights: Weights, pixels: ir.Value, batch: ir.Value
+    b: GraphBuilder, config: VisionConfig, weights: Weights, pixels: ir.Value, batch: ir.Value
 ) -> ir.Value:
     """Class token and patches, (B, 1 + h*w, C)."""
     kernel = weights.plain("embeddings.patch_embedding.weight")
@@ -35,18 +35,18 @@ def _patches(
 
 
 def _positions(
-    b: GraphBuilder, config: VisionShape, weights: Weights, geometry: dict[str, ir.Value]
+    b: GraphBuilder, config: VisionConfig, weights: Weights, geometry: dict[str, ir.Value]
 ) -> ir.Value:
-    """The position table at the crop's grid, (1 + h*w, C), by two separable products."""
+    """The position table at the crop's patches, (1 + h*w, C), by two separable products."""
     table = weights.plain("embeddings.position_embedding.weight")
-    cls, grid = b.op("Split", table, b.constant([1, config.table**2]), axis=0, outputs=2)
+    cls, patches = b.op("Split", table, b.constant([1, config.table**2]), axis=0, outputs=2)
     y, x = geometry["position_y"], geometry["position_x"]
-    grid = b.op("MatMul", y, b.reshape(grid, [config.table, -1]))
-    grid = b.op("MatMul", x, b.reshape(grid, [-1, config.table, config.hidden]))
-    return b.op("Concat", cls, b.reshape(grid, [-1, config.hidden]), axis=0)
+    patches = b.op("MatMul", y, b.reshape(patches, [config.table, -1]))
+    patches = b.op("MatMul", x, b.reshape(patches, [-1, config.table, config.hidden]))
+    return b.op("Concat", cls, b.reshape(patches, [-1, config.hidden]), axis=0)
 
 
-def _layer(b: GraphBuilder, config: VisionShape, weights: Weights, x: ir.Value, name: str) -> ir.Value:
+def _layer(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Value, name: str) -> ir.Value:
     x = b.op(
         "Add",
         x,
@@ -58,7 +58,7 @@ def _layer(b: GraphBuilder, config: VisionShape, weights: Weights, x: ir.Value, 
     return b.op("Add", x, _linear(b, weights, y, f"{name}.mlp.fc2"))
 
 
-def _attention(b: GraphBuilder, config: VisionShape, weights: Weights, x: ir.Value, name: str) -> ir.Value:
+def _attention(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Value, name: str) -> ir.Value:
     """Self-attention with one product for q, k and v."""
     size = config.hidden // config.heads
     qkv = _linear(b, weights, x, *(f"{name}.self_attn.{p}_proj" for p in "qkv"))

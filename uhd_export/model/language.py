@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 
 Cache = list[tuple[torch.Tensor, torch.Tensor] | None]
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def rotary_tables(config: LanguageShape, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(config: LanguageConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, (S, head_size / 2) each in float32, of integer `positions`."""
     frequency = config.rope_theta ** (
         -torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
@@ -40,7 +40,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LanguageShape) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
         d, kv = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LanguageShape) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
         self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
@@ -86,7 +86,7 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LanguageShape) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config)
         self.mlp = GatedMlp(config)
@@ -104,7 +104,7 @@ class DecoderLayer(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder with embeddings and head, under the official tensor names."""
 
-    def __init__(self, config: LanguageShape) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
         self.model = nn.Module()

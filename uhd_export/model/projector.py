@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from uhd_export.model.jbu import JbuStack
 from uhd_export.model.vit import Geometry
-from uhd_export.runtime.config import ProjectorShape
+from uhd_export.runtime.config import ProjectorConfig
 
 LN_EPS = 1e-6
 QUERY_SETS = (1, 2, 3, 4)
@@ -42,7 +42,7 @@ def pool_windows(features: torch.Tensor, roi_y: torch.Tensor, roi_x: torch.Tenso
 class _Resampler(nn.Module):
     """What both projectors share: pooling with positions, attention, the last projection."""
 
-    def __init__(self, config: ProjectorShape) -> None:
+    def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         d = config.hidden
         self.side = config.side
@@ -72,7 +72,7 @@ class _Resampler(nn.Module):
 class HiwinProjector(_Resampler):
     """Hierarchical window attention over the JBU pyramid (paper section 3.3; SEMANTICS)."""
 
-    def __init__(self, config: ProjectorShape) -> None:
+    def __init__(self, config: ProjectorConfig) -> None:
         super().__init__(config)
         d, c = config.hidden, config.vision_hidden
         self.levels = config.levels
@@ -123,7 +123,7 @@ class HiwinProjector(_Resampler):
 class V1Projector(_Resampler):
     """The LLaVA-UHD projector, the paper's baseline: one level, one query set."""
 
-    def __init__(self, config: ProjectorShape) -> None:
+    def __init__(self, config: ProjectorConfig) -> None:
         super().__init__(config)
         self.query = nn.Parameter(torch.empty(config.side**2, config.hidden))
         self.kv_proj = nn.Linear(config.vision_hidden, config.hidden, bias=False)

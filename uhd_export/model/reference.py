@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.model.language import DecoderLayer, RMSNorm, rotary_tables
 from uhd_export.model.projector import HiwinProjector, V1Projector
 from uhd_export.model.vit import VisionTower
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.pixels import cut, normalise
-from uhd_export.runtime.language.sequence import Picture, PromptSequence
+from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 
 _EMBED_TOKENS = "model.embed_tokens.weight"
 
@@ -26,8 +26,10 @@ _EMBED_TOKENS = "model.embed_tokens.weight"
 class VisionReference:
     """Vision tower and projector as released, in float32."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, *, boxes: str = "exact") -> None:
-        self._config, self._boxes = config, boxes
+    def __init__(
+        self, checkpoint: Checkpoint, config: CheckpointConfig, *, roi_rounding: str = "exact"
+    ) -> None:
+        self._config, self._roi_rounding = config, roi_rounding
         kinds = {"hiwin": HiwinProjector, "v1": V1Projector}
         with torch.device("meta"):
             self._tower = VisionTower(config.vision)
@@ -36,18 +38,18 @@ class VisionReference:
         checkpoint.load_into(self._projector, PROJECTOR_PREFIX, torch.float32)
 
     @torch.inference_mode()
-    def encode(self, crop: np.ndarray, grid: str) -> np.ndarray:
+    def encode(self, crop: np.ndarray, grid_mode: str) -> np.ndarray:
         """float32 (tokens, D) of one uint8 (h, w, 3) crop."""
         vision, projector = self._config.vision, self._config.projector
         geometry = crop_geometry(
             crop.shape[0] // vision.patch,
             crop.shape[1] // vision.patch,
             levels=sorted({1, *projector.stages, *projector.levels}),
-            grid=grid,
+            grid_mode=grid_mode,
             side=projector.side,
             table=vision.table,
             patch=vision.patch,
-            boxes=self._boxes,
+            roi_rounding=self._roi_rounding,
         )
         tensors = {name: torch.from_numpy(matrix) for name, matrix in geometry.items()}
         pixels = torch.from_numpy(normalise(crop))[None]
@@ -59,20 +61,22 @@ def reference_embeds(checkpoint: Checkpoint, vision: VisionReference, sequence: 
     table = checkpoint.tensor(_EMBED_TOKENS)
     pieces = []
     for segment in sequence.segments:
-        shown = segment.content
-        if not isinstance(shown, Picture):
-            pieces.append(table[list(shown)].float())
+        planned = segment.content
+        if not isinstance(planned, PlannedImage):
+            pieces.append(table[list(planned)].float())
             continue
-        crops = [vision.encode(crop, shown.grid) for crop in cut(shown.image, shown.plan)]
-        rows = torch.from_numpy(np.concatenate(crops)[np.maximum(shown.source, 0)])
-        separators = torch.from_numpy(shown.source < 0)
-        rows[separators] = table[torch.from_numpy(shown.tokens)[separators]].float()
+        crops = [vision.encode(crop, planned.grid_mode) for crop in cut(planned.image, planned.plan)]
+        rows = torch.from_numpy(np.concatenate(crops)[np.maximum(planned.source, 0)])
+        separators = torch.from_numpy(planned.source < 0)
+        rows[separators] = table[torch.from_numpy(planned.tokens)[separators]].float()
         pieces.append(rows)
     return torch.cat(pieces).numpy()
 
 
 @torch.inference_mode()
-def streamed_logits(checkpoint: Checkpoint, config: ModelConfig, embeds: np.ndarray, last: int) -> np.ndarray:
+def streamed_logits(
+    checkpoint: Checkpoint, config: CheckpointConfig, embeds: np.ndarray, last: int
+) -> np.ndarray:
     """float32 (last, vocab) logits of the `last` positions of (S, D) embeddings."""
     language = config.language
     tables = rotary_tables(language, torch.arange(len(embeds)))
@@ -86,7 +90,7 @@ def streamed_logits(checkpoint: Checkpoint, config: ModelConfig, embeds: np.ndar
     return F.linear(norm(x[0, -last:]), head).numpy()
 
 
-def _layer(checkpoint: Checkpoint, language: LanguageShape, index: int) -> DecoderLayer:
+def _layer(checkpoint: Checkpoint, language: LanguageConfig, index: int) -> DecoderLayer:
     with torch.device("meta"):
         layer = DecoderLayer(language)
     checkpoint.load_into(layer, f"model.layers.{index}.", torch.float32)

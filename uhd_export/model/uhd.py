@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uhd_export.checkpoint.config import ModelConfig, check_image_options, read_config
+from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
 from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
@@ -33,16 +33,21 @@ class UhdModel:
     def __init__(
         self,
         folder: Path,
-        config: ModelConfig,
+        config: CheckpointConfig,
         dtype: torch.dtype,
         *,
-        grid: str,
+        grid_mode: str,
         max_slices: int,
         resize: int | None,
-        boxes: str,
+        roi_rounding: str,
     ) -> None:
         self.folder, self.config, self.dtype = folder, config, dtype
-        self.grid, self.max_slices, self.resize, self.boxes = grid, max_slices, resize, boxes
+        self.grid_mode, self.max_slices, self.resize, self.roi_rounding = (
+            grid_mode,
+            max_slices,
+            resize,
+            roi_rounding,
+        )
         modules = _modules(config)
         self.vision_tower, self.projector, self.language = modules.values()
         checkpoint = open_checkpoint(folder)
@@ -66,11 +71,11 @@ class UhdModel:
             rows,
             cols,
             levels=scales,
-            grid=self.grid,
+            grid_mode=self.grid_mode,
             side=projector.side,
             table=self.config.vision.table,
             patch=self.config.vision.patch,
-            boxes=self.boxes,
+            roi_rounding=self.roi_rounding,
         )
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -130,7 +135,7 @@ class UhdModel:
     def _visual_embeds(self, image: ImageLike) -> torch.Tensor:
         plan, crops = self._encode(open_image(image))
         source, tokens = layout_indices(
-            plan.grid,
+            plan.slice_grid,
             layout=self.config.layout,
             side=self.config.projector.side,
             separators=self.config.separators,
@@ -160,7 +165,7 @@ class UhdModel:
         return out
 
 
-def _modules(config: ModelConfig) -> dict[str, torch.nn.Module]:
+def _modules(config: CheckpointConfig) -> dict[str, torch.nn.Module]:
     """The model's three parts by the prefix of their tensors, on the meta device: they hold no memory."""
     projector = HiwinProjector if config.projector.kind == "hiwin" else V1Projector
     with torch.device("meta"):
@@ -171,7 +176,7 @@ def _modules(config: ModelConfig) -> dict[str, torch.nn.Module]:
         }
 
 
-def refuse_unknown(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def refuse_unknown(checkpoint: Checkpoint, config: CheckpointConfig) -> None:
     """Raise UhdError naming tensors of `checkpoint` that the model of `config` has no place for."""
     modules = _modules(config).items()
     used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
@@ -187,24 +192,30 @@ def load_model(
     vision_tower: str | Path | None = None,
     layout: str | None = None,
     mask: int | None = None,
-    grid: str = "selective",
+    grid_mode: str = "selective",
     max_slices: int = MAX_SLICES,
     resize: int | None = None,
-    boxes: str | None = None,
+    roi_rounding: str | None = None,
 ) -> UhdModel:
     """Load a LLaVA-UHD checkpoint, a folder, a Hugging Face hub id or "nano", as a PyTorch model.
 
     `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
     that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
-    `grid` selective, fix or pyramid; `resize` the longest side before slicing, or None; `boxes`
+    `grid` selective, fix or pyramid; `resize` the longest side before slicing, or None; `roi_rounding`
     exact or bf16, by default as the released code in `dtype`.
     Raises UhdError for whatever is missing, broken or not supported.
     """
     choice("dtype", dtype, DTYPES)
-    boxes = boxes or ("bf16" if dtype == "bfloat16" else "exact")
-    check_image_options(layout, grid, max_slices, resize, boxes)
+    roi_rounding = roi_rounding or ("bf16" if dtype == "bfloat16" else "exact")
+    check_image_options(layout, grid_mode, max_slices, resize, roi_rounding)
     folder = source_folder(source)
     parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
     return UhdModel(
-        folder, parsed, DTYPES[dtype], grid=grid, max_slices=max_slices, resize=resize, boxes=boxes
+        folder,
+        parsed,
+        DTYPES[dtype],
+        grid_mode=grid_mode,
+        max_slices=max_slices,
+        resize=resize,
+        roi_rounding=roi_rounding,
     )

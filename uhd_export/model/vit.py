@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from uhd_export.runtime.config import VisionShape
+from uhd_export.runtime.config import VisionConfig
 
 Geometry = dict[str, torch.Tensor]
 
@@ -12,7 +12,7 @@ Geometry = dict[str, torch.Tensor]
 class Embeddings(nn.Module):
     """Patches, class token and position table."""
 
-    def __init__(self, config: VisionShape) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))
         self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, stride=config.patch, bias=False)
@@ -34,7 +34,7 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with biases."""
 
-    def __init__(self, config: VisionShape) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with quick_gelu between."""
 
-    def __init__(self, config: VisionShape) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden, config.intermediate)
         self.fc2 = nn.Linear(config.intermediate, config.hidden)
@@ -66,7 +66,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: VisionShape) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden, config.eps)
@@ -82,7 +82,7 @@ class Layer(nn.Module):
 class VisionTower(nn.Module):
     """`hidden_states[-2]` without the class token, of equal crops (SEMANTICS: Vision tower)."""
 
-    def __init__(self, config: VisionShape) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden, config.eps)  # CLIP's own spelling

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uhd_export.checkpoint.config import ModelConfig, parse_config
+from uhd_export.checkpoint.config import CheckpointConfig, parse_config
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
 from uhd_export.model.language import LanguageModel, RMSNorm
 from uhd_export.model.projector import HiwinProjector
@@ -73,12 +73,12 @@ def raw_config(vocab: int, separators: list[int]) -> dict:
     return {**LANGUAGE, "vocab_size": vocab, **MULTIMODAL, "mm_separator_token_ids": separators}
 
 
-def typed_config(vocab: int, separators: list[int]) -> ModelConfig:
+def typed_config(vocab: int, separators: list[int]) -> CheckpointConfig:
     """The same as `load_model` reads it."""
     return parse_config(raw_config(vocab, separators), TOWER)
 
 
-def fresh_vision(config: ModelConfig) -> tuple[VisionTower, HiwinProjector]:
+def fresh_vision(config: CheckpointConfig) -> tuple[VisionTower, HiwinProjector]:
     """Vision tower and projector with initial weights from torch's global generator."""
     tower, projector = VisionTower(config.vision), HiwinProjector(config.projector)
     for module in (*tower.modules(), *projector.modules()):
@@ -132,7 +132,7 @@ def start_queries(projector: HiwinProjector) -> None:
     projector.attn.in_proj_weight[: 2 * d] = 3**0.5 * torch.eye(d).repeat(2, 1)
 
 
-def fresh_language(config: ModelConfig) -> LanguageModel:
+def fresh_language(config: CheckpointConfig) -> LanguageModel:
     """The language model with initial weights from torch's global generator."""
     model = LanguageModel(config.language)
     for module in model.modules():

@@ -63,9 +63,9 @@ def dense_loss(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     scores["colour"] = (colour.argmax(-1) == labels[..., 0])[known].float().mean().item()
     scores["found"] = (code.argmax(-1) == labels[..., 1]).float().mean().item()
     if printed.any():
-        shown = digits[printed]
-        loss = loss + 3 * F.cross_entropy(shown.flatten(0, 1), labels[..., 2:][printed].flatten())
-        scores["codes"] = (shown.argmax(-1) == labels[..., 2:][printed]).all(-1).float().mean().item()
+        planned = digits[printed]
+        loss = loss + 3 * F.cross_entropy(planned.flatten(0, 1), labels[..., 2:][printed].flatten())
+        scores["codes"] = (planned.argmax(-1) == labels[..., 2:][printed]).all(-1).float().mean().item()
     return loss, scores
 
 

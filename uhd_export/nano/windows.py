@@ -68,7 +68,7 @@ def image_crops(seed: cards.Seed) -> list[LabelledCrop]:
     plan = plan_slices(image.size)
     pixels = cut(image, plan)
     labels = label_map(image_cards, image.size)
-    columns, rows = plan.grid
+    columns, rows = plan.slice_grid
     out = []
     for i, crop in enumerate(pixels[:-1]):
         y, x = SIDE * (i // columns), SIDE * (i % columns)

@@ -16,7 +16,12 @@ from uhd_export.runtime.engines.tensorrt.backend import (
     open_tensorrt,
     supported_capabilities,
 )
-from uhd_export.runtime.engines.tensorrt.record import RECORD_VERSION, EngineRecord, Profile, write_record
+from uhd_export.runtime.engines.tensorrt.record import (
+    RECORD_VERSION,
+    EngineRecord,
+    OptimizationProfile,
+    write_record,
+)
 from uhd_export.runtime.errors import UhdError
 from uhd_export.tensorrt.network import Network, load_graph, parse
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
@@ -26,7 +31,7 @@ from uhd_export.tensorrt.progress import Progress, make_monitor
 def build_engine(
     graph: str | Path,
     out: str | Path,
-    profiles: Sequence[Profile],
+    profiles: Sequence[OptimizationProfile],
     options: EngineOptions | None = None,
     *,
     key: str = "",
@@ -92,13 +97,13 @@ def _configure(trt: ModuleType, builder: Any, options: EngineOptions, targets: S
     return config
 
 
-def _add_profile(builder: Any, config: Any, parsed: Network, profile: Profile) -> None:
+def _add_profile(builder: Any, config: Any, parsed: Network, profile: OptimizationProfile) -> None:
     """Add `profile`; inputs without a range are of one shape. UhdError where the two do not fit."""
     made = builder.create_optimization_profile()
     for name, tensor in parsed.inputs.items():
         ranges = profile.ranges.get(name)
         if ranges is not None:
-            made.set_shape(name, ranges.least, ranges.best, ranges.most)
+            made.set_shape(name, ranges.min, ranges.opt, ranges.max)
         elif free := [d for d in tensor.shape if not d.isdigit()]:
             raise UhdError(f"profile {profile.name}: no range for input {name} ({', '.join(free)})")
         else:

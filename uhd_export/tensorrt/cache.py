@@ -10,7 +10,12 @@ from pathlib import Path
 
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.engines.tensorrt.backend import cache_folder, open_tensorrt
-from uhd_export.runtime.engines.tensorrt.record import EngineRecord, Profile, read_record, record_path
+from uhd_export.runtime.engines.tensorrt.record import (
+    EngineRecord,
+    OptimizationProfile,
+    read_record,
+    record_path,
+)
 from uhd_export.runtime.errors import UhdError
 from uhd_export.tensorrt.builder import build_engine
 from uhd_export.tensorrt.fingerprint import plugin_fingerprint
@@ -25,7 +30,7 @@ CACHE_LIMIT = 30 * 2**30
 
 def engine_key(
     graph: Path,
-    profiles: Sequence[Profile],
+    profiles: Sequence[OptimizationProfile],
     options: EngineOptions,
     output_types: Mapping[str, str] | None = None,
 ) -> str:
@@ -48,7 +53,7 @@ def engine_key(
 def cached_engine(
     graph: str | Path,
     out: str | Path,
-    profiles: Sequence[Profile],
+    profiles: Sequence[OptimizationProfile],
     options: EngineOptions | None = None,
     *,
     output_types: Mapping[str, str] | None = None,

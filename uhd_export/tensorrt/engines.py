@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from uhd_export.checkpoint.config import ModelConfig
+from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.plugins.tensorrt.plugin import kernel_capability
 from uhd_export.runtime.bundle.manifest import ENGINE_BACKENDS, LANGUAGE, VISION, part_files
 from uhd_export.runtime.engines.tensorrt.backend import open_tensorrt
@@ -47,7 +47,7 @@ def engine_options(
 
 
 def replace_graphs(
-    folder: Path, config: ModelConfig, options: EngineOptions, dtype: str, context: int, progress: bool
+    folder: Path, config: CheckpointConfig, options: EngineOptions, dtype: str, context: int, progress: bool
 ) -> None:
     """Build the engines of the graphs in `folder`, and remove the graphs.
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from uhd_export.plugins.graph import PLUGIN_DOMAIN
 from uhd_export.runtime.engines.tensorrt.backend import messages
-from uhd_export.runtime.engines.tensorrt.record import Profile, TensorRecord
+from uhd_export.runtime.engines.tensorrt.record import OptimizationProfile, TensorRecord
 from uhd_export.runtime.errors import UhdError
 
 _BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.BOOL: 8}
@@ -84,7 +84,7 @@ def parse(
     builder: Any,
     model: onnx.ModelProto,
     path: Path,
-    profiles: Sequence[Profile] = (),
+    profiles: Sequence[OptimizationProfile] = (),
     *,
     output_types: Mapping[str, str] | None = None,
 ) -> Network:
@@ -130,12 +130,12 @@ def _refusal(parser: Any, model: onnx.ModelProto, reason: str) -> str:
     return f"TensorRT refuses {place}: {' '.join(error.desc().split())}{hint}{more}"
 
 
-def _fix_dimensions(network: Any, profiles: Sequence[Profile]) -> None:
+def _fix_dimensions(network: Any, profiles: Sequence[OptimizationProfile]) -> None:
     """Make dimensions static that are the same in every profile, so that kernels are built for them."""
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         ranges = [profile.ranges[tensor.name] for profile in profiles if tensor.name in profile.ranges]
-        corners = [shape for found in ranges for shape in (found.least, found.most)]
+        corners = [shape for found in ranges for shape in (found.min, found.max)]
         if corners and all(len(shape) == len(tensor.shape) for shape in corners):
             sizes = [set(column) for column in zip(*corners, strict=True)]
             tensor.shape = [

@@ -8,9 +8,9 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from uhd_export.checkpoint.config import ModelConfig
-from uhd_export.runtime.config import LanguageShape
-from uhd_export.runtime.engines.tensorrt.record import Profile, Range, Shape
+from uhd_export.checkpoint.config import CheckpointConfig
+from uhd_export.runtime.config import LanguageConfig
+from uhd_export.runtime.engines.tensorrt.record import OptimizationProfile, Shape, ShapeRange
 from uhd_export.runtime.image.encoder import MAX_BATCH, PIXELS
 from uhd_export.runtime.image.geometry import GRID_MODES, bin_grid, crop_geometry
 from uhd_export.runtime.image.slicing import PATCH, SCALE_RESOLUTION
@@ -41,7 +41,9 @@ def possible_grids(*, scale: int = SCALE_RESOLUTION, patch: int = PATCH) -> list
         grids.update((height // patch, cols) for cols in columns)
 
 
-def vision_profiles(config: ModelConfig, *, max_batch: int = MAX_BATCH, bands: int = 5) -> list[Profile]:
+def vision_profiles(
+    config: CheckpointConfig, *, max_batch: int = MAX_BATCH, bands: int = 5
+) -> list[OptimizationProfile]:
     """Profiles that together hold every crop shape, grid mode and batch of 1 to `max_batch`.
 
     `bands` is 5, or 1 for a single box around everything, which builds faster and runs no slower where
@@ -57,19 +59,21 @@ def vision_profiles(config: ModelConfig, *, max_batch: int = MAX_BATCH, bands: i
     return sorted(profiles, key=lambda p: p.name != _name((24, 24)))
 
 
-def language_profiles(config: LanguageShape, context: int, *, prefill: int | None = None) -> list[Profile]:
+def language_profiles(
+    config: LanguageConfig, context: int, *, prefill: int | None = None
+) -> list[OptimizationProfile]:
     """One profile to decode a position at a time, one for prompts of up to `prefill` (default: context)."""
     most = min(prefill or context, context)
 
-    def profile(name: str, *sizes: int) -> Profile:
+    def profile(name: str, *sizes: int) -> OptimizationProfile:
         least, best, most = ((1, size, config.hidden) for size in sizes)
-        return Profile(name, {EMBEDS: Range(least, best, most)})
+        return OptimizationProfile(name, {EMBEDS: ShapeRange(least, best, most)})
 
     # A 1008x672 image and a question take about 1060 positions.
     return [profile("decode", 1, 1, 1), profile("prefill", 1, min(1060, most), most)]
 
 
-def _profile(config: ModelConfig, members: list[Grid], max_batch: int) -> Profile:
+def _profile(config: CheckpointConfig, members: list[Grid], max_batch: int) -> OptimizationProfile:
     """The box around `members`."""
     rows, cols = zip(*members, strict=True)
     best = min(members, key=lambda grid: _distance(grid, members))
@@ -82,7 +86,9 @@ def _profile(config: ModelConfig, members: list[Grid], max_batch: int) -> Profil
             for name in (f"roi_{scale}x_{axis}", f"window_position_{scale}x_{axis}"):
                 least[name] = _with_bins(least[name], min(sizes))
                 most[name] = _with_bins(most[name], max(sizes))
-    return Profile(_name(best), {name: Range(least[name], tuned[name], most[name]) for name in tuned})
+    return OptimizationProfile(
+        _name(best), {name: ShapeRange(least[name], tuned[name], most[name]) for name in tuned}
+    )
 
 
 def _distance(grid: Grid, members: Iterable[Grid]) -> float:
@@ -97,7 +103,7 @@ def _name(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 
-def _shapes(config: ModelConfig, rows: int, cols: int, batch: int) -> dict[str, Shape]:
+def _shapes(config: CheckpointConfig, rows: int, cols: int, batch: int) -> dict[str, Shape]:
     """Shapes of the vision graph's inputs for `batch` crops of rows x cols patches."""
     vision, projector = config.vision, config.projector
     geometry = crop_geometry(

@@ -9,7 +9,7 @@ import numpy as np
 from uhd_export.runtime.engines.tensorrt.backend import messages
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda
 from uhd_export.runtime.engines.tensorrt.memory import Array, Buffer, DeviceArray
-from uhd_export.runtime.engines.tensorrt.record import EngineRecord, Profile, Shape
+from uhd_export.runtime.engines.tensorrt.record import EngineRecord, OptimizationProfile, Shape
 from uhd_export.runtime.errors import UhdError
 
 # A run is captured as a CUDA graph when its shapes and addresses come back: the first run compiles and
@@ -178,16 +178,16 @@ class Context:
             raise UhdError(f"engine: TensorRT refuses the {what}; build the bundle again")
 
 
-def _misfit(shapes: Mapping[str, Shape], profiles: Sequence[Profile]) -> str:
+def _misfit(shapes: Mapping[str, Shape], profiles: Sequence[OptimizationProfile]) -> str:
     """Which input fits no profile, and what would; else an input that decides between profiles."""
 
-    def fits(name: str, profile: Profile) -> bool:
+    def fits(name: str, profile: OptimizationProfile) -> bool:
         return name not in profile.ranges or profile.ranges[name].covers(shapes[name])
 
     name = next((n for n in shapes if not any(fits(n, p) for p in profiles)), None)
     name = name or next(n for n in shapes if not all(fits(n, p) for p in profiles))
     ranges = [p.ranges[name] for p in profiles if name in p.ranges]
-    built = "; ".join(f"{list(r.least)} to {list(r.most)}" for r in ranges)
+    built = "; ".join(f"{list(r.min)} to {list(r.max)}" for r in ranges)
     return (
         f"input {name} of shape {list(shapes[name])}: the engine was built for {built}; build the bundle "
         "again with a larger range, or use one for onnxruntime"

@@ -34,26 +34,26 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Range:
-    """The shapes of one input in a profile: least, the one to tune for, most."""
+class ShapeRange:
+    """The shapes of one input in a profile: `min`, `opt`, the one to tune for, and `max`."""
 
-    least: Shape
-    best: Shape
-    most: Shape
+    min: Shape
+    opt: Shape
+    max: Shape
 
     def covers(self, shape: Shape) -> bool:
         """Whether every dimension of `shape` is in range."""
-        return len(shape) == len(self.least) and all(
-            low <= size <= high for low, size, high in zip(self.least, shape, self.most, strict=True)
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )
 
 
 @dataclass(frozen=True)
-class Profile:
+class OptimizationProfile:
     """One optimization profile: a range for every input that has a free dimension."""
 
     name: str
-    ranges: dict[str, Range]
+    ranges: dict[str, ShapeRange]
 
     def covers(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether the profile serves inputs of these shapes."""
@@ -79,7 +79,7 @@ class EngineRecord:
     inputs: dict[str, TensorRecord]
     outputs: dict[str, TensorRecord]
     aliases: dict[str, str]
-    profiles: tuple[Profile, ...]
+    profiles: tuple[OptimizationProfile, ...]
     weight_bytes: int
     key: str
     bytes: int
@@ -108,7 +108,7 @@ def plan_memory(record: EngineRecord) -> MemoryPlan:
     for profile in record.profiles:
         sizes: dict[str, int] = {}
         for name, found in profile.ranges.items():
-            dims = zip(record.inputs[name].shape, found.most, strict=True)
+            dims = zip(record.inputs[name].shape, found.max, strict=True)
             sizes |= {dim: most for dim, most in dims if not dim.isdigit()}
         tensors = [tensor for name, tensor in record.inputs.items() if name not in kept]
         tensors += [tensor for name, tensor in record.outputs.items() if name not in record.aliases]

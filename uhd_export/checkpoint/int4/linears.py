@@ -1,13 +1,13 @@
 """The linear layers of a language model: their names, shapes and the group sizes that fit them."""
 
 from uhd_export.checkpoint.int4.weight import GROUP_SIZES
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 
 LM_HEAD = "lm_head"
 
 
-def layer_linears(config: LanguageShape) -> dict[str, tuple[int, int]]:
+def layer_linears(config: LanguageConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of the linears of one decoder layer, by name within it."""
     width, kv = config.heads * config.head_size, config.kv_heads * config.head_size
     return {
@@ -21,7 +21,7 @@ def layer_linears(config: LanguageShape) -> dict[str, tuple[int, int]]:
     }
 
 
-def linear_shapes(config: LanguageShape) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: LanguageConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every linear layer but the head, by official module name."""
     layer = layer_linears(config)
     return {
@@ -31,7 +31,7 @@ def linear_shapes(config: LanguageShape) -> dict[str, tuple[int, int]]:
     }
 
 
-def largest_group(config: LanguageShape) -> int:
+def largest_group(config: LanguageConfig) -> int:
     """The largest group size that divides the inputs of every linear layer, a quarter of them at most.
 
     In a small model 128 would be whole rows: measured on the embedded one, groups of 32 keep more answers
@@ -47,7 +47,7 @@ def largest_group(config: LanguageShape) -> int:
     )
 
 
-def head_group(config: LanguageShape) -> int:
+def head_group(config: LanguageConfig) -> int:
     """The largest group size that divides the head's inputs; the smallest where none does."""
     fits = [size for size in GROUP_SIZES if config.hidden % size == 0]
     return max(fits, default=min(GROUP_SIZES))

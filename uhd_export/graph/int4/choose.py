@@ -16,7 +16,7 @@ from uhd_export.graph.int4.formats import (
 )
 from uhd_export.graph.linear import Dense, LinearFormat
 from uhd_export.runtime.bundle.manifest import Quantization
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 
 WEIGHTS = ("auto", "dense", "int4", "int4-rtn")
@@ -45,7 +45,7 @@ class WeightOptions:
                 raise UhdError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
 
-def resolve(checkpoint: Checkpoint, config: LanguageShape, options: WeightOptions) -> Quantization | None:
+def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptions) -> Quantization | None:
     """What the bundle will hold, or None where nothing is quantized. Raises UhdError."""
     weights = options.weights
     is_gptq = isinstance(checkpoint, GptqCheckpoint)
@@ -84,7 +84,7 @@ def resolve(checkpoint: Checkpoint, config: LanguageShape, options: WeightOption
 
 
 def linear_format(
-    checkpoint: Checkpoint, config: LanguageShape, quantization: Quantization | None, dialect: str
+    checkpoint: Checkpoint, config: LanguageConfig, quantization: Quantization | None, dialect: str
 ) -> LinearFormat:
     """The weight format of a language graph in `dialect`. Raises UhdError where TensorRT cannot do it."""
 

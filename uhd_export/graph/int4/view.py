@@ -7,7 +7,7 @@ from uhd_export.checkpoint.int4.weight import round_to_nearest
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.int4.choose import HEADS
 from uhd_export.runtime.bundle.manifest import Quantization
-from uhd_export.runtime.config import LanguageShape
+from uhd_export.runtime.config import LanguageConfig
 
 _HEAD = f"{LM_HEAD}.weight"
 
@@ -18,7 +18,7 @@ class RoundedView(Checkpoint):
     A tied head that is rounded is a tensor of its own: the embedding table stays as it is.
     """
 
-    def __init__(self, base: Checkpoint, config: LanguageShape, quantization: Quantization) -> None:
+    def __init__(self, base: Checkpoint, config: LanguageConfig, quantization: Quantization) -> None:
         self.folder, self._base, self._where = base.folder, base, base._where
         self._symmetric = quantization.symmetric
         self._rounded: dict[str, tuple[int, int]] = {}
@@ -54,6 +54,6 @@ class RoundedView(Checkpoint):
         """Nothing: the base stays open."""
 
 
-def as_stored(base: Checkpoint, config: LanguageShape, quantization: Quantization | None) -> Checkpoint:
+def as_stored(base: Checkpoint, config: LanguageConfig, quantization: Quantization | None) -> Checkpoint:
     """`base` with the weights that a bundle of `quantization` stores."""
     return base if quantization is None else RoundedView(base, config, quantization)

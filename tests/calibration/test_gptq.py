@@ -1,0 +1,543 @@
+"""GPTQ end to end on small models: the solver, the loop over layers, resuming, and the checkpoint written."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from uhd_export import load_model
+from uhd_export.calibration.activations import Activations
+from uhd_export.calibration.data import Pair, Turn
+from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
+from uhd_export.calibration.quality import Report, output_error
+from uhd_export.calibration.quantize import quantize
+from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_settings
+from uhd_export.calibration.solver import GptqOptions, GroupSolver
+from uhd_export.calibration.work import Work
+from uhd_export.calibration.writer import bytes_beside_layers
+from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
+from uhd_export.checkpoint.int4.weight import round_to_nearest
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.checkpoint.source import EMBEDDED
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.model.language import LanguageModel
+from uhd_export.model.reference import embedding_rows
+from uhd_export.nano.cards import NAMES, make_card_image, question
+from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
+from uhd_export.runtime.config import LanguageConfig
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.progress import progress_bar
+
+try:
+    importlib.metadata.version("gptqmodel")
+    INSTALLED = True
+except importlib.metadata.PackageNotFoundError:
+    INSTALLED = False
+needs_library = pytest.mark.skipif(not INSTALLED, reason="gptqmodel is not installed")
+
+
+def _correlated(rows, columns, seed):
+    """Inputs that share directions, as real activations do: rounding errors can make up for each other."""
+    mix = torch.randn(columns // 4, columns, generator=torch.Generator().manual_seed(9))
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns // 4, generator=rng) @ mix + 0.2 * torch.randn(
+        rows, columns, generator=rng
+    )
+
+
+def _linear(outputs, inputs, seed):
+    linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    linear.weight.data = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    return linear
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "options",
+    [
+        GptqOptions(group=32),
+        GptqOptions(group=64, symmetric=False),
+        GptqOptions(group=32, act_order=True),
+        GptqOptions(group=64, symmetric=False, act_order=True),
+    ],
+)
+def test_the_solver_beats_rounding_and_shares_statistics(options):
+    linears = {"q": _linear(16, 128, 0), "k": _linear(24, 128, 1)}
+    dense = {name: linear.weight.clone() for name, linear in linears.items()}
+    solver = GroupSolver(linears, options, 600)
+    for seed in (2, 3):
+        solver.add(_correlated(300, 128, seed))
+    solved = solver.solve()
+    held_out = _correlated(300, 128, 4)
+    for name, result in solved.items():
+        assert (result.samples, result.fallback) == (600, None)
+        weight = result.weight
+        assert weight.codes.shape == dense[name].shape
+        assert (weight.order is not None) == options.act_order
+        assert weight.symmetric == options.symmetric
+        rounded = round_to_nearest(dense[name].numpy(), options.group, symmetric=options.symmetric)
+        gptq, rtn = (
+            output_error(held_out, dense[name], torch.from_numpy(w.dequantize())) for w in (weight, rounded)
+        )
+        assert gptq < 0.5 * rtn
+
+
+@needs_library
+def test_a_layer_that_saw_too_little_is_rounded_and_named():
+    linear = _linear(16, 64, 0)
+    solver = GroupSolver({"q": linear}, GptqOptions(group=32), 100_000)
+    solver.add(_correlated(30, 64, 1))
+    (solved,) = solver.solve().values()
+    assert solved.samples == 30
+    assert solved.fallback == "saw 30 of 100,000 tokens"
+    np.testing.assert_array_equal(
+        solved.weight.dequantize(), round_to_nearest(linear.weight.numpy(), 32).dequantize()
+    )
+
+
+@needs_library
+def test_statistics_that_cannot_be_factorised_are_the_reason_given():
+    solver, rows = GroupSolver({"q": _linear(16, 64, 0)}, GptqOptions(group=32), 300), torch.ones(300, 64)
+    rows[3, 5] = float("inf")
+    solver.add(rows)
+    (solved,) = solver.solve().values()
+    assert (solved.samples, solved.fallback) == (300, "its statistics could not be factorised")
+
+
+def test_the_install_line_is_given_where_the_library_is_missing(monkeypatch, golden_checkpoint, tmp_path):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("uhd_export.calibration.solver.importlib.metadata.version", missing)
+    with pytest.raises(UhdError, match=r"pip install 'uhd-export\[gptq\]'; --weights int4-rtn needs neither"):
+        quantize(golden_checkpoint, tmp_path / "out")
+
+
+CONFIG = LanguageConfig(
+    kind="llama", hidden=64, intermediate=128, layers=3, heads=4, kv_heads=2, head_size=16, vocab=48,
+    context=256, eps=1e-5, rope_theta=1e4, tied=False, bos=1, eos=(2,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A random language model on disk."""
+    torch.manual_seed(0)
+    model = LanguageModel(CONFIG)
+    folder = tmp_path_factory.mktemp("language")
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter) / 8
+        parameter.data = 1 + noise if "norm" in name else noise
+    save_file({name: p.data for name, p in model.named_parameters()}, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder)
+    yield checkpoint
+    checkpoint.close()
+
+
+def _states():
+    lengths = (40, 25, 33, 40)
+    rows = _correlated(sum(lengths), 64, 5)
+    held = Activations(_correlated(30, 64, 6), (18, 12))
+    return Run.states_of(Sequences(Activations(rows, lengths), held, (2, 3)))
+
+
+def _run(language, folder, batch=1, **options):
+    work = Work(folder)
+    work.prepare({}, print)
+    return Run(language, CONFIG, GptqOptions(group=32, **options), work, _states(), (2, 3), batch)
+
+
+def _tensors(run):
+    return {
+        name: tensor
+        for layer in range(CONFIG.layers)
+        for name, tensor in load_file(run.work.layer_file(layer)).items()
+    }
+
+
+@needs_library
+def test_every_layer_is_quantized_and_better_than_rounding(language, tmp_path):
+    run = _run(language, tmp_path / "work")
+    steps = []
+    assert run.steps == 12
+    run.quantize_layers(lambda: steps.append(1))
+    assert len(steps) == 12
+    assert run.steps == 0
+    records = run.records()
+    assert [(r.layer, r.module) for r in records[:2]] == [(0, "self_attn.q_proj"), (0, "self_attn.k_proj")]
+    assert len(records) == 21
+    assert {r.samples for r in records} == {138}
+    assert np.mean([r.gptq_error for r in records]) < np.mean([r.rtn_error for r in records])
+    assert len(_tensors(run)) == 21 * 4
+    rtn, gptq = run.model_qualities()
+    assert rtn.tokens == gptq.tokens == 5
+    assert 0 < gptq.kl < 10
+
+
+@needs_library
+def test_what_later_layers_see_is_what_is_stored(language, tmp_path):
+    """The states that run along are those of a model with the stored weights."""
+    run = _run(language, tmp_path / "work")
+    run.quantize_layers(lambda: None)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    rest = {n: language.tensor(n) for n in language.names() if "proj" not in n}
+    save_file(_tensors(run) | rest, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    checkpoint = GptqCheckpoint(folder)
+    model = LanguageModel(CONFIG)
+    checkpoint.load_into(model, "", torch.float32)
+    before = _states()[HELD_OUT]
+    logits = [
+        model(rows[None])[0, -n:] for rows, n in zip(before.rows.split(before.lengths), (2, 3), strict=True)
+    ]
+    whole = model.lm_head(model.model.norm(run.states[WITH_GPTQ].last_rows((2, 3))))
+    torch.testing.assert_close(torch.cat(logits), whole, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
+def test_values_that_are_not_finite_are_named(language, tmp_path):
+    run = _run(language, tmp_path / "work")
+    run.states[HELD_OUT].rows[3, 5] = float("nan")
+    with pytest.raises(UhdError, match=r"model.layers.0.self_attn.q_proj: .*not finite"):
+        run.quantize_layers(lambda: None)
+
+
+@needs_library
+def test_padding_adds_nothing(language, tmp_path):
+    one, four = _run(language, tmp_path / "one"), _run(language, tmp_path / "four", batch=4)
+    for run in (one, four):
+        run.quantize_layers(lambda: None)
+    assert {r.samples for r in four.records()} == {138}
+    torch.testing.assert_close(
+        one.states[CALIBRATION].rows, four.states[CALIBRATION].rows, atol=0.05, rtol=0.05
+    )
+    differing = sum((a != _tensors(four)[n]).sum().item() for n, a in _tensors(one).items() if "qweight" in n)
+    assert differing <= 20  # a code may tip where sums are rounded in another order
+
+
+class _Stop(Exception):
+    pass
+
+
+@needs_library
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step):
+    whole = _run(language, tmp_path / "whole")
+    whole.quantize_layers(lambda: None)
+    run, done = _run(language, tmp_path / "work"), []
+
+    def interrupt():
+        done.append(1)
+        if len(done) == step:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        run.quantize_layers(interrupt)
+    saved = run.work.load_activations()
+    if step <= 4:
+        assert saved is None
+        again = _run(language, tmp_path / "work")
+    else:
+        assert saved[0] == 1
+        again = Run(language, CONFIG, run.options, run.work, saved[1], saved[2], 1, saved[0])
+        assert again.steps == 8
+    again.quantize_layers(lambda: None)
+    assert {n: t.tolist() for n, t in _tensors(again).items()} == {
+        n: t.tolist() for n, t in _tensors(whole).items()
+    }
+    assert again.records() == whole.records()
+
+
+@pytest.fixture(scope="module")
+def source(golden_checkpoint, tmp_path_factory):
+    """The golden checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "checkpoint"
+    folder.mkdir()
+    for path in golden_checkpoint.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(golden_checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    save_tokenizer(build_tokenizer(), folder / "tokenizer.json")
+    return folder
+
+
+def _pairs(count=6):
+    rng = np.random.default_rng(0)
+    noise = (Image.fromarray(rng.integers(0, 256, (150, 120 + 20 * i, 3), np.uint8)) for i in range(count))
+    return [Pair((image,), (Turn("What is the code?", "1"),), f"pair {i}") for i, image in enumerate(noise)]
+
+
+OPTIONS = {
+    "gptq": GptqOptions(group=64),
+    "sequences": SequenceOptions(samples=4, held_out=2, length=256),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tmp_path_factory):
+    if not INSTALLED:
+        pytest.skip("gptqmodel is not installed")
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    report = quantize(source, out, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+    return out, report
+
+
+def test_the_checkpoint_holds_everything_else_as_it_was(source, quantized):
+    out, _ = quantized
+    before, after = Checkpoint(source), open_checkpoint(out)
+    assert isinstance(after, GptqCheckpoint)
+    assert after.names() == before.names()
+    changed = {n for n in before.names() if not torch.equal(before.tensor(n), after.tensor(n))}
+    assert len(changed) == 14
+    assert all(after.is_quantized(n.removesuffix(".weight")) for n in changed)
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (out / "clip" / "config.json").is_file()
+    raw = json.loads((out / "config.json").read_text())
+    settings = raw.pop("quantization_config")
+    assert raw == json.loads((source / "config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["sym"], settings["desc_act"]) == (
+        4,
+        64,
+        True,
+        False,
+    )
+    assert all(after.symmetric(n.removesuffix(".weight")) and after.order(n.removesuffix(".weight")) is None
+               for n in changed)  # fmt: skip
+    assert not list(out.parent.glob(".*"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in out.glob("*.safetensors")}
+
+
+def test_room_is_asked_for_what_is_written(source, quantized):
+    """The finished layers lie in the work folder already."""
+    layers = {"qweight", "qzeros", "scales", "g_idx"}
+    rest = sum(
+        tensor.nbytes
+        for path in quantized[0].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if name.rpartition(".")[2] not in layers
+    )
+    language = read_config(source, vision_tower=source / "clip").language
+    assert bytes_beside_layers(Checkpoint(source), language) == rest
+
+
+def test_the_report_is_beside_it(quantized):
+    out, report = quantized
+    assert Report.from_json(json.loads((out / QUALITY).read_text())) == report
+    assert report.fallbacks == ()
+    assert report.mean_gptq_error < 0.75 * report.mean_rtn_error
+    assert report.gptq.kl < report.rtn.kl
+    assert report.settings["gptq"]["group"] == 64
+    layer_bytes = sum(
+        tensor.nbytes
+        for path in out.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if name.endswith(("qweight", "qzeros", "scales", "g_idx"))
+    )
+    assert report.bytes_after == layer_bytes
+    with Image.open(out / QUALITY_CHART) as picture:
+        assert picture.width > 1000
+
+
+def test_the_model_loads_from_it(quantized, source):
+    out, _ = quantized
+    model = load_model(out, vision_tower=out / "clip")
+    original = load_model(source, vision_tower=source / "clip")
+    image = _pairs()[0].images[0]
+    prompt = [1, -200, 5, 6]
+    logits, expected = model.logits(image, prompt), original.logits(image, prompt)
+    assert torch.equal(model.encode_image(image)[0], original.encode_image(image)[0])
+    error = ((logits - expected).norm() / expected.norm()).item()
+    assert 1e-3 < error < 0.3
+
+
+def test_transformers_loads_the_language_model(quantized):
+    pytest.importorskip("optimum")
+    from transformers import LlamaForCausalLM
+
+    out, _ = quantized
+    theirs = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu")
+    checkpoint = open_checkpoint(out)
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        layer = theirs.get_submodule(module)
+        assert type(layer).__module__.startswith("gptqmodel")
+        # They dequantize in float16.
+        expected = checkpoint.tensor(f"{module}.weight", torch.float16)
+        assert torch.equal(layer.dequantize_weight().T.to(torch.float16), expected)
+    ours = load_model(out, vision_tower=out / "clip").language
+    embeds = torch.randn(1, 12, 256, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        error = theirs(inputs_embeds=embeds).logits - ours(embeds)
+    assert error.abs().max() < 0.03 * ours(embeds).abs().max()
+
+
+def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, tmp_path):
+    out, _ = quantized
+    with pytest.raises(UhdError, match="exists already"):
+        quantize(source, out, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+    with pytest.raises(UhdError, match="is quantized already"):
+        quantize(out, tmp_path / "again", vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gptq": GptqOptions(group=48)}, "group size 48: must be one of"),
+        ({"gptq": GptqOptions(damp=1.5)}, "damp 1.5"),
+        ({"sequences": SequenceOptions(samples=9)}, "too few samples: 6 image-question pairs"),
+        ({"data": "/none.jsonl", "pairs": None}, "no such file"),
+        ({"sequences": SequenceOptions(seed=-1)}, "seed -1: must be 0 or more"),
+        ({"grid_mode": "none"}, "grid_mode 'none'"),
+    ],
+)
+def test_errors_leave_nothing_behind(source, tmp_path, change, message):
+    options = {"pairs": _pairs(), **OPTIONS, **change}
+    with pytest.raises(UhdError, match=message):
+        quantize(source, tmp_path / "out", vision_tower=source / "clip", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "layer"), [(2, 0), (5, 1)])
+def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, monkeypatch, stop, layer):
+    out, said = tmp_path / "out", []
+    finished, count = Run.quantize_layers, []
+
+    def stop_early(self, advance):
+        def step():
+            count.append(1)
+            advance()
+            if len(count) == stop:
+                raise KeyboardInterrupt
+
+        finished(self, step)
+
+    monkeypatch.setattr(Run, "quantize_layers", stop_early)
+    arguments = {"vision_tower": source / "clip", "pairs": _pairs(), "say": said.append, **OPTIONS}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, **arguments)
+    assert not out.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("uhd_export.calibration.quantize.build_sequences", None)  # they are not built again
+    report = quantize(source, out, **arguments)
+    assert said == [f"continuing unfinished work at layer {layer} of 2"]
+    assert report == quantized[1]
+    assert _bytes(out) == _bytes(quantized[0])
+    assert not list(out.parent.glob(".*"))
+
+
+def _bytes(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shards_hold_no_more_metadata_than_others_expect(quantized):
+    """Several keys would be written in random order: two runs would not give the same bytes."""
+    for path in quantized[0].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, quantized, tmp_path):
+    out, said = tmp_path / "out", []
+    shutil.copytree(quantized[0], out)
+    before = _bytes(out)
+    arguments = {"vision_tower": source / "clip", "reuse": True, "say": said.append, **OPTIONS}
+    assert quantize(source, out, pairs=_pairs(), **arguments) == quantized[1]
+    assert said == [f"{out}: quantized before, taken as it is"]
+    with pytest.raises(UhdError, match="out: was made of other data; delete it, or give it to build"):
+        quantize(source, out, pairs=_pairs(7), **arguments)
+    weights = source / "model.safetensors"
+    status = weights.stat()
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UhdError, match="out: was made of other checkpoint; "):
+        quantize(source, out, pairs=_pairs(), **arguments)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert _bytes(out) == before
+    for text in ("{", "{}"):
+        (out / QUALITY).write_text(text)
+        with pytest.raises(UhdError, match=f"{QUALITY} does not tell what it was made of; delete it"):
+            quantize(source, out, pairs=_pairs(), **arguments)
+
+
+def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "question": question} for question in ("Which?", "What?", "Which?", "Which?")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"data": tmp_path / "pairs.jsonl", "vision_tower": source / "clip", **OPTIONS}
+    said = []
+    with pytest.raises(UhdError, match="too few samples: 2 image-question pairs"):
+        quantize(source, tmp_path / "out", say=said.append, **options)
+    assert said == [f"{tmp_path / 'pairs.jsonl'}: 2 of 4 pairs are duplicates and left out"]
+
+
+@needs_library
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
+    (tmp_path / "file").touch()
+    options, said = {"vision_tower": source / "clip", "pairs": _pairs(), **OPTIONS}, []
+    with pytest.raises(UhdError, match=rf"output .*{place}: cannot be written \(.*\); choose another"):
+        quantize(source, tmp_path / place, say=said.append, **options)
+    assert said == []
+
+
+@needs_library
+def test_nano_answers_as_before(tmp_path):
+    pairs = []
+    for index in range(5):
+        image, cards = make_card_image((7, index), (672, 336))
+        pairs.append(Pair((image,), (Turn(cards[0].question, cards[0].code),), f"card {index}"))
+    options = SequenceOptions(samples=4, held_out=1, length=1100)
+    report = quantize("nano", tmp_path / "out", pairs=pairs, sequences=options, questions=20)
+    exact = report.accuracy.exact
+    assert (report.accuracy.questions, set(exact)) == (20, {"before", "rtn", "gptq"})
+    assert exact["before"] >= 19
+    assert exact["gptq"] >= exact["before"] - 0.02 * 20
+    assert exact["gptq"] >= exact["rtn"]
+
+
+@needs_library
+def test_visual_tokens_make_better_calibration_than_text(tmp_path):
+    """On the embedded model: GPTQ beats rounding, and beats itself calibrated on as many text tokens."""
+    folder = EMBEDDED
+    checkpoint, config, tokenizer = Checkpoint(folder), read_config(folder), checkpoint_tokenizer(folder)
+    pairs = []
+    for index in range(5):
+        image, cards = make_card_image((7, index), (672, 336))
+        pairs.append(Pair((image,), (Turn(cards[0].question, cards[0].code),), f"card {index}"))
+    options = SequenceOptions(samples=4, held_out=1, length=1024)
+    with progress_bar("", show=False) as bar:
+        visual = build_sequences(
+            checkpoint, config, run_settings(config, roi_rounding="exact"), tokenizer, pairs, options, bar
+        )
+    rng = np.random.default_rng(0)
+    talk = [f"{question(str(rng.choice(NAMES)))} {rng.integers(1000):03d}" for _ in range(400)]
+    ids = tokenizer.encode(" ".join(talk), add_special_tokens=False).ids
+    lengths = visual.calibration.lengths
+    assert len(ids) >= sum(lengths)
+    text = Activations(torch.from_numpy(embedding_rows(checkpoint, ids[: sum(lengths)])), lengths)
+    errors = {}
+    for name, calibration in (("visual", visual.calibration), ("text", text)):
+        work = Work(tmp_path / name)
+        work.prepare({}, print)
+        held = Activations(visual.held_out.rows.clone(), visual.held_out.lengths)
+        states = Run.states_of(Sequences(calibration, held, visual.judged))
+        run = Run(checkpoint, config.language, GptqOptions(group=64), work, states, visual.judged)
+        run.quantize_layers(lambda: None)
+        errors[name] = np.mean([record.gptq_error for record in run.records()])
+    rounded = np.mean([record.rtn_error for record in run.records()])
+    assert errors["visual"] < 0.75 * rounded
+    assert errors["visual"] < errors["text"]

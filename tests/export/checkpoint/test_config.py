@@ -1,0 +1,298 @@
+import copy
+import json
+
+import pytest
+from support.goldens import GOLDEN
+
+from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
+from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.layout import Separators
+
+TOWER = read_json(GOLDEN / "configs" / "clip.json")
+MISSING = object()
+
+
+def config(name="v2_mask7", **changes):
+    value = read_json(GOLDEN / "configs" / f"{name}.json")
+    for field, new in changes.items():
+        if new is MISSING:
+            value.pop(field, None)
+        else:
+            value[field] = new
+    return value
+
+
+@pytest.mark.parametrize(
+    "name, release, kind, levels, layout",
+    [
+        ("first_mask7", "first", "hiwin", (1, 2, 4), "merged"),
+        ("v2_mask7", "branch", "hiwin", (1, 2, 4), "flat"),
+        ("v2_mask5", "branch", "hiwin", (1, 4), "flat"),
+        ("v2_mask3", "branch", "hiwin", (1, 2), "flat"),
+        ("v1", "branch", "v1", (1,), "flat"),
+    ],
+)
+def test_both_releases(name, release, kind, levels, layout):
+    parsed = parse_config(config(name), TOWER)
+    assert (parsed.release, parsed.projector.kind, parsed.layout) == (release, kind, layout)
+    assert parsed.projector.levels == levels
+    assert parsed.upscale_only == (release == "first")
+    assert (parsed.vision.layers, parsed.vision.table, parsed.vision.heads) == (3, 24, 4)
+    assert (parsed.language.kind, parsed.language.head_size, parsed.language.eos) == ("llama", 64, (2,))
+    assert (parsed.projector.side, parsed.projector.heads) == (12, 2)
+    assert (parsed.template, parsed.separators) == ("vicuna_v1", Separators(29892, 13))
+
+
+@pytest.mark.parametrize("suffix, side", [("", 12), ("_64", 8), ("_256", 16)])
+def test_query_counts(suffix, side):
+    parsed = parse_config(config(mm_projector_type="adapt_spatial_resampler_v2" + suffix), TOWER)
+    assert parsed.projector.side == side
+
+
+def test_qwen2():
+    changes = {
+        "model_type": "llava_qwen",
+        "num_key_value_heads": 2,
+        "rope_theta": MISSING,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+        "eos_token_id": [3, 4],
+        "bos_token_id": None,
+    }
+    language = parse_config(config(**changes), TOWER).language
+    assert (language.kind, language.kv_heads, language.qkv_bias) == ("qwen2", 2, True)
+    assert (language.rope_theta, language.tied, language.bos, language.eos) == (1e6, True, None, (3, 4))
+    assert parse_config(config(**changes), TOWER).template == "qwen"
+
+
+def test_overrides_and_defaults():
+    parsed = parse_config(config(feature_scale_mask=MISSING), TOWER, layout="merged")
+    assert (parsed.layout, parsed.projector.levels) == ("merged", (1, 2, 4))
+    assert parse_config(config(), TOWER, mask=15).projector.levels == (1, 2, 4, 8)
+    assert parse_config(config(mm_separator_token_ids=[7, 8]), TOWER).separators == Separators(7, 8)
+    assert parse_config(config(), {"vision_config": TOWER}) == parse_config(config(), TOWER)
+
+
+NULLABLE = (
+    "hidden_act",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_hidden_size",
+    "feature_scale_mask",
+    "mm_separator_token_ids",
+)
+
+
+def test_null_means_the_default():
+    assert parse_config(config(**dict.fromkeys(NULLABLE)), {**TOWER, "hidden_act": None}) == parse_config(
+        config(**dict.fromkeys(NULLABLE, MISSING)), TOWER
+    )
+
+
+@pytest.mark.parametrize(
+    "eos, generating, ids",
+    [
+        (2, None, (2,)),
+        (2, {}, (2,)),
+        (2, {"eos_token_id": [3, 2]}, (2, 3)),
+        ([4, 2], {"eos_token_id": 5}, (4, 2, 5)),
+        (MISSING, {"eos_token_id": 0}, (0,)),
+        (None, {"eos_token_id": None}, (2,)),
+    ],
+)
+def test_ids_that_end_a_text(eos, generating, ids):
+    assert parse_config(config(eos_token_id=eos), TOWER, generating).language.eos == ids
+
+
+def test_the_generation_config_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024, eos_token_id=2)))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert read_config(tmp_path).language.eos == (2, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(UhdError, match="generation config field eos_token_id"):
+        read_config(tmp_path)
+
+
+def test_qwen2_needs_an_id_that_ends_a_text():
+    with pytest.raises(UhdError, match=r"config field eos_token_id: missing, in generation_config\.json too"):
+        parse_config(config(model_type="qwen2", eos_token_id=None), TOWER)
+
+
+def test_levels_of_masks():
+    assert {mask: mask_levels(mask) for mask in (1, 3, 5, 7, 15)} == {
+        1: (1,),
+        3: (1, 2),
+        5: (1, 4),
+        7: (1, 2, 4),
+        15: (1, 2, 4, 8),
+    }
+
+
+REQUIRED = (
+    "mm_projector_type",
+    "model_mode",
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+TOWER_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+
+
+@pytest.mark.parametrize("value", [MISSING, None, [1], True, {}])
+@pytest.mark.parametrize("field", REQUIRED)
+def test_missing_or_mistyped_fields_are_named(field, value):
+    with pytest.raises(UhdError, match=f"config field {field}: .*(missing|wrong type)"):
+        parse_config(config(**{field: value}), TOWER)
+
+
+@pytest.mark.parametrize("value", [MISSING, None, "24", 0, -1, 1.5])
+@pytest.mark.parametrize("field", TOWER_REQUIRED)
+def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
+    tower = {k: v for k, v in {**TOWER, field: value}.items() if v is not MISSING}
+    with pytest.raises(UhdError, match=f"vision config field {field}: "):
+        parse_config(config(), tower)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("mm_projector_type", "mlp2x_gelu"),
+        ("mm_projector_type", "adapt_spatial_resampler_v2_100"),
+        ("model_mode", "llava"),
+        ("model_type", "llava_mistral"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_theta", "1e4"),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", 0),
+        ("hidden_size", 192),
+        ("vocab_size", 0),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [2, "</s>"]),
+        ("eos_token_id", -1),
+        ("mm_vision_select_layer", -1),
+        ("mm_vision_select_feature", "cls_patch"),
+        ("mm_hidden_size", 1024),
+        ("feature_scale_mask", 4),
+        ("feature_scale_mask", 17),
+        ("feature_scale_mask", "7"),
+        ("feature_scale_mask", True),
+        ("mm_separator_token_ids", [13]),
+        ("mm_separator_token_ids", "13"),
+    ],
+)
+def test_unsupported_values_are_named(field, value):
+    with pytest.raises(UhdError, match=f"config field {field}: ") as caught:
+        parse_config(config(**{field: value}), TOWER)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_act", "gelu"),
+        ("patch_size", 16),
+        ("image_size", 340),
+        ("num_attention_heads", 5),
+        ("num_hidden_layers", 1),
+        ("layer_norm_eps", "small"),
+    ],
+)
+def test_unsupported_values_of_the_tower_are_named(field, value):
+    with pytest.raises(UhdError, match=f"vision config field {field}: "):
+        parse_config(config(), {**TOWER, field: value})
+
+
+@pytest.mark.parametrize("changes", [{"feature_mode": "featup"}, {"mm_projector_type": "mlp2x_gelu"}])
+def test_unsupported_first_release(changes):
+    with pytest.raises(UhdError, match=f"config field {next(iter(changes))}: "):
+        parse_config(config("first_mask7", **changes), TOWER)
+
+
+def test_the_official_tower_needs_no_download(tmp_path):
+    official = config(mm_hidden_size=1024)
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    vision = read_config(tmp_path).vision
+    assert (vision.hidden, vision.layers, vision.table) == (1024, 23, 24)
+    assert official["mm_vision_tower"] in KNOWN_TOWERS
+
+
+def test_tower_in_the_checkpoint_folder(tmp_path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(TOWER))
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower="clip")))
+    assert read_config(tmp_path).vision.hidden == 64
+
+
+def test_a_folder_beside_the_user_is_not_the_checkpoints_tower(tmp_path, monkeypatch):
+    for folder, width in ((tmp_path / "clip", 128), (tmp_path / "checkpoint" / "clip", 64)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**TOWER, "hidden_size": width}))
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "config.json").write_text(json.dumps(config(mm_vision_tower="clip", mm_hidden_size=None)))
+    monkeypatch.chdir(tmp_path)
+    assert read_config(checkpoint).vision.hidden == 64
+    assert read_config(checkpoint, vision_tower="clip").vision.hidden == 128
+    (checkpoint / "config.json").write_text(
+        json.dumps(config(mm_vision_tower=str(tmp_path / "clip"), mm_hidden_size=None))
+    )
+    assert read_config(checkpoint).vision.hidden == 128
+
+
+OFFICIAL_CLIP = "clip-vit-large-patch14-336"
+
+
+@pytest.mark.parametrize("path", [OFFICIAL_CLIP, f"/home/x/{OFFICIAL_CLIP}/", f"pretrained/{OFFICIAL_CLIP}"])
+def test_the_official_tower_is_known_by_the_end_of_a_training_path(tmp_path, path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path, mm_hidden_size=1024)))
+    assert read_config(tmp_path).vision.layers == 23
+    with pytest.raises(UhdError, match="no such folder"):
+        read_config(tmp_path, vision_tower="/home/x/" + OFFICIAL_CLIP)
+
+
+@pytest.mark.parametrize("path", ["/home/x/my-clip", "../my-clip", "my-clip", ["clip"]])
+def test_a_tower_that_is_not_here_is_named_with_the_remedy(tmp_path, path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path)))
+    with pytest.raises(
+        UhdError, match=r"config field mm_vision_tower: .*(; pass --vision-tower|wrong type)"
+    ) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tower_field_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=MISSING)))
+    with pytest.raises(UhdError, match="config field mm_vision_tower: missing; pass --vision-tower"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text, reason", [("{", "not readable as JSON"), ("[]", "must hold a JSON object")])
+def test_broken_config_files_are_named(tmp_path, text, reason):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UhdError, match=rf"config\.json: {reason}"):
+        read_config(tmp_path)
+
+
+def test_configs_are_not_changed_by_parsing():
+    raw, tower = config(), copy.deepcopy(TOWER)
+    parse_config(raw, tower)
+    assert (raw, tower) == (config(), TOWER)

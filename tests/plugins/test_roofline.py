@@ -1,0 +1,83 @@
+"""The roofline arithmetic, by hand at small sizes, and the notes in the kernels' docstrings."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from uhd_export.plugins import roofline
+from uhd_export.plugins.roofline import Device, Work, jbu_work, note, window_work
+from uhd_export.plugins.window_attention.launch import LevelShape
+
+
+def test_jbu_by_hand():
+    work = jbu_work(2, 3, 5, 10)
+    pixels = 2 * 6 * 10
+    assert work.elements == 2 * 3 * 5 * 10 + pixels * 3 + pixels * 10
+    mlps = 3 * 32 + 32 * 32 + 52 * 49 + 49 * 49
+    assert work.flops == 2 * pixels * (mlps + 49 * 32 + 49 * 10 + 6 * 10)
+
+
+def test_window_attention_by_hand():
+    # One window of 2x2 pixels and a bin: four samples' weights on four pixels.
+    work = window_work([LevelShape(2, 2, 1, 1)], batch=3, side=1, queries=8, channels=10)
+    assert work.flops == 2 * 3 * 4 * 10 + 2 * 2 * 3 * 8 * 10
+    assert work.elements == 3 * 4 * 11 + 8 * 12 + 3 * 8 * 12 + 8
+
+
+def test_floor_is_the_slower_of_memory_and_arithmetic():
+    device = Device("toy", bandwidth=100, flops=10)
+    assert Work(flops=5, elements=200).floor(device, size=2) == pytest.approx(4)
+    assert Work(flops=50, elements=200).floor(device, size=2) == pytest.approx(5)
+    assert (Work(1, 2) + Work(3, 4)) == Work(4, 6)
+
+
+def test_image_is_seven_crops():
+    work = roofline.image_work()
+    # The overview's 551 patches beside the slices' 6 x 576: at 4x, pixels 16-fold.
+    assert work["JBU"].elements == pytest.approx(
+        (6 * 576 + 551) * (1024 * (1 + 4 + 4 + 16) + 3 * 20), rel=1e-9
+    )
+    rows = 3 * 7 * 144 * 128 * 1024  # mixed rows of three levels and seven crops
+    assert 0.6 < rows / work["WindowAttention"].elements < 0.7
+
+
+@pytest.mark.parametrize(("op", "folder"), [("JBU", "jbu"), ("WindowAttention", "window_attention")])
+def test_docstrings_tell_what_the_arithmetic_says(op, folder):
+    source = Path(roofline.__file__).parent / folder / "kernel.py"
+    assert note(op) in " ".join(source.read_text(encoding="utf-8").split())
+
+
+@pytest.fixture
+def kernels_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import kernels
+
+    return kernels
+
+
+def test_benchmark_refuses_without_a_gpu(kernels_benchmark, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernels.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA GPU") as caught:
+        kernels_benchmark.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_benchmark_checks_before_it_measures(kernels_benchmark, monkeypatch):
+    made = [
+        kernels_benchmark.jbu_case(1, 2, 3, 8, torch.float32, "cpu"),
+        kernels_benchmark.window_case(1, 2, 3, 8, 8, 2, torch.float32, "cpu"),
+    ]
+    monkeypatch.setattr(kernels_benchmark, "milliseconds", lambda call, repeats: {"median": 2.0})
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    for case in made:
+        row = kernels_benchmark.measure(case, "float32", Device("toy", 1e3, 1e9), 1)
+        assert row["error"] < 1e-6 and row["speedup_eager"] == 1
+        assert row["over_floor"] == pytest.approx(2e-3 / case.work.floor(Device("toy", 1e3, 1e9), 4))
+        wrong = case._replace(kernel=lambda *x, case=case: [1.01 * y for y in case.eager(*x)])
+        both = [wrong, case]
+        monkeypatch.setattr(kernels_benchmark, "cases", lambda dtype, both=both: both)
+        failed, fine = kernels_benchmark.measure_all("float32", Device("toy", 1e3, 1e9), 1)
+        assert "relative error 1.0e-02" in failed["failed"] and "kernel_ms" not in failed
+        assert fine["error"] < 1e-6
