@@ -78,17 +78,18 @@ class GptqCheckpoint(Checkpoint):
 
         Optimum's config says "gptq_v2" where they are of version 1.
         """
-        found = set()
+        forms: set[str] = set()
         for module in sorted(self._modules):
             zeros = super().tensor(f"{module}.qzeros")
-            found.add(next((form for form, word in _MIDDLE.items() if (zeros == word).all()), None))
-            if found not in ({"gptq"}, {"gptq_v2"}):
+            form = next((form for form, word in _MIDDLE.items() if (zeros == word).all()), None)
+            if form is None or forms - {form}:
                 raise UhdError(
                     f"checkpoint {self.folder}: config field quantization_config.sym is true, but tensor "
                     f"{module}.qzeros is neither all 0x77777777 nor all 0x88888888 as in the other layers; "
                     "set the field to false if its zero points differ, or quantize the checkpoint again"
                 )
-        return found.pop()
+            forms.add(form)
+        return forms.pop()
 
     def is_quantized(self, module: str) -> bool:
         """Whether linear layer `module` is quantized."""

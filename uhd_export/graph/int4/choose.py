@@ -48,32 +48,32 @@ class WeightOptions:
 def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptions) -> Quantization | None:
     """What the bundle will hold, or None where nothing is quantized. Raises UhdError."""
     weights = options.weights
-    is_gptq = isinstance(checkpoint, GptqCheckpoint)
+    gptq = checkpoint if isinstance(checkpoint, GptqCheckpoint) else None
     if weights == "auto":
-        weights = "int4" if is_gptq else "dense"
-    if weights == "int4" and not is_gptq:
+        weights = "dense" if gptq is None else "int4"
+    if weights == "int4" and gptq is None:
         raise UhdError(
             f"checkpoint {checkpoint.folder}: its weights are not quantized; make a GPTQ checkpoint with "
             "`uhd-export quantize`, or use int4-rtn"
         )
-    if weights == "int4-rtn" and is_gptq:
+    if weights == "int4-rtn" and gptq is not None:
         raise UhdError(f"checkpoint {checkpoint.folder}: is quantized already; use --weights int4")
     if weights == "dense" and options.group is not None:
         raise UhdError(f"group size {options.group}: is for --weights int4 and int4-rtn; leave it out")
     if weights == "dense" and options.lm_head == "dense":
         return None
     group, symmetric, act_order = options.group or largest_group(config), True, False
-    if weights == "int4":
+    if weights == "int4" and gptq is not None:
         if options.group is not None:
             raise UhdError(f"group {options.group}: the checkpoint's own groups are kept; leave it out")
-        names = [name for name in linear_shapes(config) if checkpoint.is_quantized(name)]
+        names = [name for name in linear_shapes(config) if gptq.is_quantized(name)]
         if not names:
             raise UhdError(
                 f"checkpoint {checkpoint.folder}: no linear layer of the language model is quantized"
             )
-        group = checkpoint.shape(f"{names[0]}.weight")[1] // checkpoint.groups(names[0])
-        symmetric = all(checkpoint.symmetric(name) for name in names)
-        act_order = any(checkpoint.order(name) is not None for name in names)
+        group = gptq.shape(f"{names[0]}.weight")[1] // gptq.groups(names[0])
+        symmetric = all(gptq.symmetric(name) for name in names)
+        act_order = any(gptq.order(name) is not None for name in names)
     elif weights == "int4-rtn":
         for name, (_, inputs) in linear_shapes(config).items():
             check_group(name, inputs, group)
@@ -87,14 +87,15 @@ def linear_format(
     checkpoint: Checkpoint, config: LanguageConfig, quantization: Quantization | None, dialect: str
 ) -> LinearFormat:
     """The weight format of a language graph in `dialect`. Raises UhdError where TensorRT cannot do it."""
+    if quantization is None:
+        return Dense()
+    accuracy_level = ACTIVATIONS[quantization.activations]
 
     def form(weights: WeightSource) -> LinearFormat:
         if dialect == "tensorrt":
             return Int4Dequantize(weights)
-        return MatMulNBits(weights, accuracy_level=ACTIVATIONS[quantization.activations])
+        return MatMulNBits(weights, accuracy_level=accuracy_level)
 
-    if quantization is None:
-        return Dense()
     bits = HEADS[quantization.lm_head]
     if dialect == "tensorrt" and bits == 8:
         raise UhdError("lm_head int8: TensorRT takes dense or int4")
@@ -102,6 +103,8 @@ def linear_format(
     if bits is not None:
         head = form(RoundedWeights(head_group(config), bits=bits))
     if quantization.method == "gptq":
+        if not isinstance(checkpoint, GptqCheckpoint):
+            raise UhdError(f"checkpoint {checkpoint.folder}: its weights are not quantized; use int4-rtn")
         body = form(GptqWeights(checkpoint))
         # A head that the checkpoint quantizes stays so unless another type is asked for.
         return body if bits is None else ByName(body, {LM_HEAD: head})
