@@ -1,52 +1,213 @@
-"""The built wheel must hold every package and all of its data: a fresh install has nothing else."""
+"""What is distributed: a source distribution that its tests can run from, and a wheel built of it.
 
+The wheel is installed with its base dependencies alone and used in a folder full of rivals: files of the
+names that our folders have in the repository, none of which may ever be executed.
+"""
+
+import email
+import importlib.metadata
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("runtime", "uhd_export", "plugins", "calibration")
+ROOMS = ("calibration", "plugins", "runtime", "uhd_export")
+BESIDE = ("benchmarks", "docs", "examples", "tests")
+UNTRACKED = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo")
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "triton", "tensorrt_rtx", "gptqmodel")
+RIVALS = ("runtime/__init__.py", "plugins/__init__.py", "calibration/__init__.py", "cli.py")
+# Python itself looks into the current folder with -m and -c; a console script and its children must not.
+SHADOWS = ("uhd_export/__init__.py", "click.py", "numpy.py")
+QUESTION = "What is the code on the red card?"
+
+
+def files_below(*folders: str) -> set[str]:
+    """The files of `folders` in the repository, by their paths from its root."""
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*"))
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in paths
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "cli.py"):
-        shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*UNTRACKED))
+    code = "import setuptools.build_meta as build; build.build_sdist('../out')"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=folder / "copy", check=True, capture_output=True)
+    with tarfile.open(next((folder / "out").glob("uhd_export-*.tar.gz"))) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    return next((folder / "unpacked").iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """The wheel, built from the source distribution."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(out), str(source)], check=True, capture_output=True)
-    return zipfile.ZipFile(next(out.glob("uhd_export-*.whl")))
+    subprocess.run([*command, "--wheel-dir", out, sdist], check=True, capture_output=True)
+    return next(out.glob("uhd_export-*.whl"))
 
 
-def test_every_file_of_the_packages_is_in_the_wheel(wheel):
-    expected = set()
-    for room in PACKAGES:
-        inside = ROOT if room == "uhd_export" else ROOT / "uhd_export"
-        files = (
-            path for path in (ROOT / room).rglob("*") if path.is_file() and "__pycache__" not in path.parts
-        )
-        names = (path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts)
-        expected |= {(inside / name).relative_to(ROOT).as_posix() for name in names}
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    """The wheel's METADATA."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
 
 
-def test_the_wheel_installs_the_command(wheel):
-    info = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "uhd-export = uhd_export.cli.main:main" in wheel.read(info).decode()
+def base_distributions(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
+    """The installed distributions that `requirements` lead to without any extra."""
+    waiting, seen = list(requirements), set()
+    while waiting:
+        needed = Requirement(waiting.pop())
+        name = re.sub("[-_.]+", "-", needed.name).lower()
+        if name not in seen and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+            seen.add(name)
+            found = importlib.metadata.distribution(needed.name)
+            waiting += found.requires or []
+            yield found
 
 
-def test_the_runtime_needs_no_export_extra(wheel):
-    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
-    needed = [
-        line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra" not in line
-    ]
-    assert not any(name in line for line in needed for name in ("torch", "transformers", "onnx-ir"))
-    for extra in ("export", "gptq", "tensorrt", "dev"):
-        assert f"Provides-Extra: {extra}" in metadata
+@pytest.fixture(scope="module")
+def environment(wheel, metadata, tmp_path_factory) -> Path:
+    """A virtual environment with the wheel, and links to the base dependencies of this environment."""
+    folder = tmp_path_factory.mktemp("fresh")
+    links, env = folder / "dependencies", folder / "env"
+    links.mkdir()
+    for found in base_distributions(metadata.get_all("Requires-Dist")):
+        for top in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
+            if not (links / top).exists():
+                (links / top).symlink_to(found.locate_file(top))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    (site_packages(env) / "dependencies.pth").write_text(f"{links}\n")
+    before = set(os.listdir(site_packages(env)))
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", env, *install], check=True, capture_output=True)
+    gained = set(os.listdir(site_packages(env))) - before
+    assert gained == {"uhd_export", f"uhd_export-{metadata['Version']}.dist-info"}
+    return env
+
+
+def site_packages(env: Path) -> Path:
+    """The folder into which `env` installs."""
+    return next(env.glob("lib/python3*/site-packages"))
+
+
+@pytest.fixture(scope="module")
+def nano_bundle(tmp_path_factory) -> Path:
+    """A bundle of the embedded model, which reads `examples/` rightly."""
+    from uhd_export.bundle.build import build_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "nano"
+    build_bundle("nano", folder, verify=False)
+    return folder
+
+
+@pytest.fixture
+def among_rivals(environment, tmp_path):
+    """`among_rivals(*command)`: its stdout, in a folder of rivals with another on PYTHONPATH.
+
+    Both folders hold modules with the names of our rooms; what executes one of them fails the test.
+    """
+    marker = tmp_path / "executed"
+    code = f"open({str(marker)!r}, 'a').write(__file__ + chr(10))\nraise SystemExit('a rival ran')\n"
+
+    def folder(name, *files) -> Path:
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(code)
+        return tmp_path / name
+
+    variables = {**os.environ, "PYTHONPATH": str(folder("path", *RIVALS)), "COLUMNS": "100"}
+    here = {"uhd-export": folder("script", *RIVALS, *SHADOWS), "python": folder("module", *RIVALS)}
+
+    def run(*command) -> str:
+        program = [environment / "bin" / command[0], *command[1:]]
+        done = subprocess.run(program, cwd=here[command[0]], env=variables, capture_output=True, text=True)
+        assert not marker.exists(), marker.read_text()
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    yield run
+    assert not marker.exists(), marker.read_text()
+
+
+def test_the_sdist_holds_what_its_tests_need(sdist):
+    expected = files_below(*ROOMS, *BESIDE)
+    expected |= {"cli.py", "pyproject.toml", "Makefile"}
+    expected |= {path.name for path in ROOT.glob("*.md")} | {"LICENSE", "MANIFEST.in"}
+    made = {"PKG-INFO", "setup.cfg"}
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    assert {name for name in found if ".egg-info/" not in name} == expected | made
+
+
+def test_every_file_of_the_rooms_is_in_the_wheel(wheel):
+    inside = {name for name in files_below(*ROOMS) if name.startswith("uhd_export/")}
+    mapped = {f"uhd_export/{name}" for name in files_below(*ROOMS) - inside}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == inside | mapped
+
+
+def test_what_the_wheel_says_of_itself(wheel, metadata):
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    python = "Programming Language :: Python :: 3."
+    versions = {name for name in metadata.get_all("Classifier") if name.startswith(python)}
+    assert versions == {python + minor for minor in ("11", "12", "13")}
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert set(metadata.get_all("Provides-Extra")) == {"export", "gptq", "tensorrt", "dev"}
+    with zipfile.ZipFile(wheel) as archive:
+        licence = next(name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_environment_holds_base_dependencies_only(among_rivals):
+    names = [*HEAVY, "numpy", "onnxruntime", "uhd_export"]
+    code = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
+    assert among_rivals("python", "-c", code) == "['numpy', 'onnxruntime', 'uhd_export']\n"
+
+
+@pytest.mark.parametrize("program", [("uhd-export",), ("python", "-m", "uhd_export")], ids=" ".join)
+def test_commands_among_rivals(among_rivals, program, nano_bundle):
+    image = ROOT / "examples" / "cards-1.png"
+
+    def uhd(*arguments):
+        return among_rivals(*program, *arguments)
+
+    assert "profile" in uhd("--help")
+    assert "1014" in uhd("plan", "1008x672")
+    assert uhd("run", nano_bundle, image, QUESTION) == "900\n"
+    assert json.loads(uhd("inspect", nano_bundle, "--json"))["backend"] == "onnxruntime"
+    checked = uhd("check", nano_bundle)
+    assert "SHA-256 as recorded" in checked and "pip install 'uhd-export[export]'" in checked
+    options = ("--size", "500x336", "--repeats", "1", "--tokens", "2", "--grid", "selective", "--json")
+    measured = json.loads(uhd("profile", nano_bundle, *options))
+    assert len(measured["modes"]) == 1 and measured["repeats"] == 1
+
+
+def test_the_public_names_among_rivals(among_rivals):
+    code = (
+        "from uhd_export.runtime import Pipeline\n"
+        "import uhd_export, uhd_export.plugins, uhd_export.calibration\n"
+        "print(Pipeline.__module__)\n"
+    )
+    assert among_rivals("python", "-c", code) == "uhd_export.runtime.pipeline\n"
