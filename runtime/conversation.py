@@ -1,56 +1,55 @@
 """A conversation: questions about the same images, each following the last answer."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.answer import Answer
+from uhd_export.runtime.language.generation import TextGenerator
 from uhd_export.runtime.language.sampling import Sampling
-
-if TYPE_CHECKING:
-    from uhd_export.runtime.pipeline import ImageLike, Pipeline
+from uhd_export.runtime.language.sequence import PlannedImage
 
 
 class Conversation:
-    """History of one conversation. The pipeline's cache keeps its positions, so only new ones are run."""
+    """History of one conversation. The pipeline's cache holds its positions, so only new ones are run.
 
-    def __init__(self, pipeline: "Pipeline", images: Sequence["ImageLike"]) -> None:
-        self._pipeline = pipeline
-        self._images = [pipeline.plan_image(image) for image in images]
-        self.ids: list[int] = []
-        """Token ids so far, answers included."""
+    Made by `Pipeline.converse`. `template` names how questions are put (see `prompt.TEMPLATES`).
+    """
 
-    def ask(
-        self, question: str, *, max_new_tokens: int = 256, sampling: Sampling | None = None
-    ) -> Iterator[str]:
-        """The answer in pieces, greedy by default.
+    def __init__(self, generator: TextGenerator, images: Sequence[PlannedImage], template: str) -> None:
+        self._generator, self._images, self._template = generator, list(images), template
+        self._prompt: list[int] = []
+        self._answer: Answer | None = None
+        self._history: list[int] = []
 
-        An answer that is not read to its end counts as far as it was generated.
+    @property
+    def ids(self) -> list[int]:
+        """Token ids so far, answers included; an answer counts as far as it was generated."""
+        if self._answer is None or not self._answer.started:
+            return list(self._history)
+        return self._prompt + self._answer.ids
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, sampling: Sampling | None = None) -> Answer:
+        """The answer, greedy by default.
+
+        One that is not read to its end counts as far as it was generated; one not begun does not count.
         """
-        pipeline = self._pipeline
-        ids = self.ids + self._turn(question)
-        sequence = pipeline.assemble(ids, self._images)
-        answer: list[int] = []
+        if self._answer is not None and self._answer.started and self._answer.finish_reason is None:
+            self._generator.end_answer()
+        history = self.ids
+        prompt = history + self._turn(question, history)
+        sequence = self._generator.sequence(prompt, self._images)
+        answer = self._generator.answer(sequence, max_new_tokens, sampling)
+        self._history, self._prompt, self._answer = history, prompt, answer
+        return answer
 
-        def recorded() -> Iterator[int]:
-            for token in pipeline.stream_ids(sequence, max_new_tokens, sampling):
-                if token not in pipeline.manifest.model.language.eos:
-                    answer.append(token)
-                yield token
+    def __repr__(self) -> str:
+        return f"<Conversation about {len(self._images)} images, {len(self.ids)} tokens so far>"
 
-        def text() -> Iterator[str]:
-            try:
-                yield from pipeline.stream_text(recorded())
-            finally:
-                self.ids = ids + answer
-
-        return text()
-
-    def _turn(self, question: str) -> list[int]:
+    def _turn(self, question: str, history: list[int]) -> list[int]:
         """Token ids that this question adds. Follow-ups begin with what closes the previous answer."""
-        pipeline = self._pipeline
-        template, tokenizer = pipeline.settings.template, pipeline.tokenizer
-        if not self.ids:
-            return pipeline.input_ids(prompts.render(question, template, len(self._images)))
-        ids = pipeline.input_ids(prompts.FOLLOW_UPS[template].replace("{question}", question))
+        template, tokenizer = self._template, self._generator.tokenizer
+        if not history:
+            return prompts.encode(tokenizer, prompts.render(question, template, len(self._images)))
+        ids = prompts.encode(tokenizer, prompts.FOLLOW_UPS[template].replace("{question}", question))
         prefix = tokenizer.encode("").ids
         return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids

@@ -81,6 +81,9 @@ class Engine(ABC):
         `sizes` gives the free dimensions of these buffers by name.
         """
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
+
     def close(self) -> None:  # noqa: B027 (most backends have nothing to do)
         """Free what the backend holds; the engine cannot be used afterwards."""
 

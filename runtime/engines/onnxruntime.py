@@ -92,8 +92,9 @@ class OrtEngine(Engine):
         return Path(self.session.end_profiling())
 
     def close(self) -> None:
-        """Free the session."""
-        del self.session
+        """Free the session. May be repeated."""
+        if hasattr(self, "session"):
+            del self.session
 
 
 class OrtBinding(Binding):

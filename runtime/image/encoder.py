@@ -11,6 +11,7 @@ from uhd_export.runtime.engines.base import Array, Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.pixels import normalise
+from uhd_export.runtime.stopwatch import Stopwatch
 
 PIXELS, TOKENS = "pixels", "tokens"
 # The largest batch of crops: nine slices and an overview, as the engines' optimization profiles allow.
@@ -38,13 +39,22 @@ class VisionEncoder:
             for tokens in self.encode_resident(crops, grid_mode)
         ]
 
-    def encode_resident(self, crops: Sequence[np.ndarray], grid_mode: str) -> list[Array]:
-        """As `encode`, in the engine's own type and left on its device."""
-        tokens: list[Array] = [None] * len(crops)
-        for members, feeds in self.batches(crops, grid_mode):
-            for index, result in zip(members, self.engine.infer_resident(feeds)[TOKENS], strict=True):
-                tokens[index] = result
-        return tokens
+    def encode_resident(
+        self, crops: Sequence[np.ndarray], grid_mode: str, watch: Stopwatch | None = None
+    ) -> list[Array]:
+        """As `encode`, in the engine's own type and left on its device; `watch` counts the time."""
+        watch = watch or Stopwatch()
+        tokens: dict[int, Array] = {}
+        batches = self.batches(crops, grid_mode)
+        while True:
+            with watch.stage("image"):
+                batch = next(batches, None)
+            if batch is None:
+                return [tokens[index] for index in range(len(crops))]
+            members, feeds = batch
+            with watch.stage("vision"):
+                results = self.engine.infer_resident(feeds)[TOKENS]
+                tokens |= zip(members, results, strict=True)
 
     def batches(
         self, crops: Sequence[np.ndarray], grid_mode: str

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
-def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+ImageLike = str | Path | Image.Image | np.ndarray
+"""What is taken for an image: a path, a PIL image or an array, see `open_image`."""
+Images = ImageLike | Sequence[ImageLike]
+"""One image, or a list or tuple of them."""
+
+
+def as_images(images: Images) -> list[ImageLike]:
+    """A list of images from one or several."""
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def open_image(image: ImageLike) -> Image.Image:
     """An RGB image from a path, a PIL image or a uint8 array (h, w), (h, w, 3) or (h, w, 4).
 
     EXIF rotation is applied, alpha is composited on white, 16 bits become 8, CMYK and palettes are
@@ -29,6 +40,10 @@ def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         return _to_rgb(_from_array(image), "image array")
     if isinstance(image, Image.Image):
         return _to_rgb(image, "image")
+    if not isinstance(image, (str, Path)):
+        raise UhdError(
+            f"image: {type(image).__name__} is not supported; give a path, a PIL image or an array"
+        )
     with _opened(image) as opened:
         return _to_rgb(opened, f"image {image}")
 

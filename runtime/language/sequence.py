@@ -19,7 +19,7 @@ from uhd_export.runtime.language.prompt import IMAGE_ID
 from uhd_export.runtime.settings import Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlannedImage:
     """An RGB image, how it is cut, and where each of its positions comes from (see `layout_indices`)."""
 
@@ -33,9 +33,14 @@ class PlannedImage:
     def __len__(self) -> int:
         return len(self.source)
 
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        crops = len(self.plan.crop_sizes)
+        return f"<PlannedImage {width}x{height}: {crops} crops, {self.grid_mode}, {len(self)} positions>"
+
 
 def plan_image(image: Image.Image, settings: Settings, *, side: int, patch: int) -> PlannedImage:
-    """Plan `image` (RGB) as `run` says; `side` is the tokens an axis of one crop."""
+    """Plan `image` (RGB) as `settings` say; `side` is the tokens an axis of one crop."""
     plan = plan_slices(
         image.size,
         max_slices=settings.max_slices,
@@ -108,6 +113,10 @@ class PromptSequence:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __repr__(self) -> str:
+        images = sum(isinstance(segment.content, PlannedImage) for segment in self.segments)
+        return f"<PromptSequence of {len(self)} positions, {images} images>"
 
     def _append(self, content: PlannedImage | tuple[int, ...]) -> None:
         if not len(content):

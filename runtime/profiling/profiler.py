@@ -147,7 +147,7 @@ def profile_pipeline(
         shares = _vision_shares(pipeline, sequence, device=device, threads=threads)
         modes.append(_summarise(pipeline, sequence, runs[grid_mode], shares, peaks[grid_mode]))
         on_step()
-    manifest, cache = pipeline.manifest, pipeline.decoder.decoder
+    manifest, cache = pipeline.manifest, pipeline.generator.decoder
     planned = _planned_image(sequence)
     return Profile(
         bundle=str(pipeline.folder),
@@ -204,7 +204,7 @@ def _peak(
         new_tokens=new_tokens,
         device=device,
         threads=threads,
-        context=pipeline.decoder.decoder.context,
+        context=pipeline.generator.decoder.context,
         grid_mode=grid_mode,
         max_slices=pipeline.settings.max_slices,
         resize=pipeline.settings.resize,
@@ -224,7 +224,7 @@ def _sequences(
             sequences[grid_mode] = pipeline.sequence(image, prompt)
     finally:
         pipeline.settings = before
-    positions, context = max(map(len, sequences.values())), pipeline.decoder.decoder.context
+    positions, context = max(map(len, sequences.values())), pipeline.generator.decoder.context
     if positions + new_tokens > context:
         raise UhdError(
             f"profile: {positions} positions and {new_tokens} tokens do not fit the context of {context}; "
@@ -298,13 +298,13 @@ def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> 
         for index, result in zip(members, pipeline.vision.infer(feeds)[TOKENS], strict=True):
             tokens[index] = result
     vision = clock()
-    pipeline.remember(planned, tokens)
-    token = greedy(pipeline.prefill(sequence))
+    pipeline.images.add(planned, tokens)
+    token = greedy(pipeline.generator.prefill(sequence))
     prefill = clock()
     decode = []
     for _ in range(new_tokens):
         begun = clock()
-        token = greedy(pipeline.decoder.step(token, pipeline.embeddings.rows([token])[0]))
+        token = greedy(pipeline.generator.step(token))
         decode.append(clock() - begun)
     return {
         "pixels": pixels - start,

@@ -20,8 +20,12 @@ def answer(
     pipeline: Pipeline, conversation: Conversation, question: str, *, tokens: int, sampling: Sampling
 ) -> None:
     """Print the answer to `question` as it is generated, and on stderr why it ended early, if it did."""
-    _stream(conversation.ask(question, max_new_tokens=tokens, sampling=sampling))
-    _say_end(pipeline, tokens)
+    reply = conversation.ask(question, max_new_tokens=tokens, sampling=sampling)
+    _stream(reply)
+    if reply.finish_reason in _ENDS:
+        generator = pipeline.generator
+        remedy = generator.larger_context(generator.decoder.context + 1)
+        print(f"({_ENDS[reply.finish_reason].format(tokens=tokens, remedy=remedy)})", file=sys.stderr)
 
 
 def chat(pipeline: Pipeline, conversation: Conversation, *, tokens: int, sampling: Sampling) -> None:
@@ -54,9 +58,3 @@ def _stream(pieces: Iterator[str]) -> None:
     for piece in chain([first], pieces):
         print(piece, end="", flush=True)
     print(flush=True)
-
-
-def _say_end(pipeline: Pipeline, tokens: int) -> None:
-    if pipeline.finish in _ENDS:
-        remedy = pipeline.larger_context(pipeline.decoder.decoder.context + 1)
-        print(f"({_ENDS[pipeline.finish].format(tokens=tokens, remedy=remedy)})", file=sys.stderr)

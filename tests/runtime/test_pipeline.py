@@ -90,25 +90,25 @@ def test_two_images_equal_torch(fresh, golden_model):
 def test_second_question_reuses_the_cache(fresh, counted):
     first = "".join(fresh.generate(SMALL, "What is this?", max_new_tokens=5))
     assert len(counted) == 1
-    whole = fresh.decoder.prefilled
+    whole = fresh.generator.prefix.prefilled
     second = "".join(fresh.generate(SMALL.copy(), "What was that?", max_new_tokens=5))
     assert len(counted) == 1
     # All but the words after the image; "Wh" begins both, and so do the two spaces before it.
     common = len("What ")
     questions = len("What was that? ASSISTANT:")
-    assert fresh.decoder.prefilled == questions - common < whole
+    assert fresh.generator.prefix.prefilled == questions - common < whole
     fresh.forget()
     assert "".join(fresh.generate(SMALL, "What was that?", max_new_tokens=5)) == second
-    assert fresh.decoder.prefilled > 144
+    assert fresh.generator.prefix.prefilled > 144
     assert "".join(fresh.generate(SMALL, "What is this?", max_new_tokens=5)) == first
 
 
 def test_same_prompt_again_runs_one_position(fresh):
     prompt = [1, IMAGE_ID, 20, 21]
     first = fresh.logits(SMALL, prompt)
-    assert fresh.decoder.prefilled == 147
+    assert fresh.generator.prefix.prefilled == 147
     again = fresh.logits(SMALL, prompt)
-    assert fresh.decoder.prefilled == 1
+    assert fresh.generator.prefix.prefilled == 1
     assert_close(again, first)
 
 
@@ -122,20 +122,20 @@ def test_another_image_or_grid_is_not_mistaken_for_the_first(fresh, counted):
         lambda: fresh.configure(grid_mode="pyramid") or fresh.logits(SMALL, prompt),
     ):
         assert np.abs(change() - first).max() > 0
-        assert fresh.decoder.prefilled == 145
+        assert fresh.generator.prefix.prefilled == 145
     assert len(counted) == 3
 
 
 def test_conversation_runs_only_new_tokens(fresh, counted):
     conversation = fresh.converse(SMALL)
     answer = "".join(conversation.ask("What is this?", max_new_tokens=4))
-    held = fresh.decoder.decoder.length
+    held = fresh.generator.decoder.length
     "".join(conversation.ask("Why?", max_new_tokens=4))
     assert len(counted) == 1
     follow_up = fresh.input_ids("</s>USER: Why? ASSISTANT:")[1:]
     # The last token of the answer was never run; if it was end of text, the follow-up brings it.
-    assert fresh.decoder.prefilled in (len(follow_up), len(follow_up) + 1)
-    assert held + fresh.decoder.prefilled + 3 == fresh.decoder.decoder.length
+    assert fresh.generator.prefix.prefilled in (len(follow_up), len(follow_up) + 1)
+    assert held + fresh.generator.prefix.prefilled + 3 == fresh.generator.decoder.length
     assert isinstance(answer, str)
 
 
@@ -156,7 +156,7 @@ def test_unfinished_answer_counts_as_far_as_it_went(fresh):
     next(answer)
     answer.close()
     list(conversation.ask("B", max_new_tokens=2))
-    assert fresh.decoder.prefilled < 60
+    assert fresh.generator.prefix.prefilled < 60
 
 
 def test_interleaved_answers_are_refused(fresh):
@@ -185,7 +185,6 @@ def test_bad_sampling_is_refused_before_anything_runs(fresh, counted, options):
 def test_prompt_longer_than_the_context(golden_bundle, counted):
     with Pipeline.open(golden_bundle, context=200) as small:
         assert len(small.generate_ids(SMALL, [1, IMAGE_ID, 20], 100)) == 200 - 146 + 1
-        assert small.finish == "context"
         # What to do: the bundle allows more than this pipeline was opened for, up to a limit.
         for text, remedy in ((1, "give a larger --context, up to 4096$"), (4000, "or build with a larger")):
             positions = f"{1014 + text} positions are more than the context of 200;"

@@ -97,20 +97,19 @@ def _language(
     image = pattern(*SIZE)
     prompt = prompts.render(QUESTION, manifest.settings.template)
     sequence = PromptSequence(pipeline.input_ids(prompt), [pipeline.plan_image(image)])
-    room = pipeline.decoder.decoder.context - len(sequence)
+    room = pipeline.generator.decoder.context - len(sequence)
     count = max(min(NEW_TOKENS, room), 0)
     metric = f"differing of {count} greedy tokens"
     if count == 0:
-        reason = f"{len(sequence)} positions fill the context of {pipeline.decoder.decoder.context}"
+        reason = f"{len(sequence)} positions fill the context of {pipeline.generator.decoder.context}"
         return [
             Parity("logits", NAME, "relative error", None, limit, reason),
             Parity("tokens", NAME, metric, None, token_limit, reason),
         ]
-    logits = pipeline.prefill(sequence)
+    logits = pipeline.generator.prefill(sequence)
     tokens = [greedy(logits)]
     while len(tokens) < count:  # past an end of text too: it is arithmetic that is compared
-        row = pipeline.embeddings.rows(tokens[-1:])[0]
-        tokens.append(greedy(pipeline.decoder.step(tokens[-1], row)))
+        tokens.append(greedy(pipeline.generator.step(tokens[-1])))
     embeds = reference_embeds(checkpoint, reference, sequence)
     embeds = np.concatenate([embeds, embedding_rows(checkpoint, tokens[:-1])])
     expected = streamed_logits(checkpoint, config, embeds, len(tokens))

@@ -1,0 +1,147 @@
+"""Generation: prompts as sequences in, tokens and answers out, one after the other."""
+
+from collections.abc import Generator, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.answer import Answer, Progress
+from uhd_export.runtime.language.decoder import EMBEDS, Decoder
+from uhd_export.runtime.language.detokenizer import Detokenizer
+from uhd_export.runtime.language.embeddings import EmbeddingTable
+from uhd_export.runtime.language.encoded_images import EncodedImages
+from uhd_export.runtime.language.prefix_cache import PrefixCache
+from uhd_export.runtime.language.sampling import Sampling, sample
+from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
+from uhd_export.runtime.stopwatch import Stopwatch
+from uhd_export.runtime.turns import Turn, Turns
+
+
+class TextGenerator:
+    """The language part of a pipeline: what a prompt shares with the one before is not computed again.
+
+    `most` is the largest context that the bundle allows; `eos` are the tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        images: EncodedImages,
+        table: EmbeddingTable,
+        tokenizer: Tokenizer,
+        turns: Turns,
+        *,
+        context: int,
+        most: int,
+        eos: tuple[int, ...],
+    ) -> None:
+        self._engine, self._images, self._table, self._turns = engine, images, table, turns
+        self.tokenizer = tokenizer
+        self.decoder = Decoder(engine, context)
+        self.prefix = PrefixCache(self.decoder)
+        self._most, self._eos = most, eos
+
+    def sequence(self, ids: Sequence[int], images: Sequence[PlannedImage]) -> PromptSequence:
+        """The positions of token `ids` with `images`. Raises UhdError where they exceed the context."""
+        self._turns.check()
+        sequence, context = PromptSequence(ids, images), self.decoder.context
+        if len(sequence) > context:
+            raise UhdError(
+                f"prompt: {len(sequence)} positions are more than the context of {context}; shorten the "
+                f"prompt, lower --max-slices, or {self.larger_context(len(sequence))}"
+            )
+        return sequence
+
+    def end_answer(self) -> None:
+        """Wait for the unfinished answer of another thread; this thread's own cannot go on afterwards."""
+        with self._turns.call():
+            pass
+
+    def larger_context(self, positions: int) -> str:
+        """What to do for a context of `positions`: the bundle may allow it."""
+        return (
+            f"give a larger --context, up to {self._most}"
+            if positions <= self._most
+            else "build with a larger --context"
+        )
+
+    def embeds(self, sequence: PromptSequence, start: int = 0, watch: Stopwatch | None = None) -> Array:
+        """(S, D) embeddings from position `start` on; images before it are not encoded."""
+        watch = watch or Stopwatch()
+        pieces = []
+        for segment in sequence.segments:
+            if segment.stop > start:
+                content = segment.content
+                rows = (
+                    self._images.rows(content, watch)
+                    if isinstance(content, PlannedImage)
+                    else self._table.rows(content)
+                )
+                pieces.append(rows[max(start - segment.start, 0) :])
+        return self._engine.gather(pieces, self._engine.inputs[EMBEDS].dtype)
+
+    def prefill(self, sequence: PromptSequence, watch: Stopwatch | None = None) -> np.ndarray:
+        """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
+        watch = watch or Stopwatch()
+        embeds = self.embeds(sequence, self.prefix.match(sequence.keys), watch)
+        with watch.stage("prefill"):
+            return self.prefix.prefill(sequence.keys, embeds)
+
+    def step(self, token: int) -> np.ndarray:
+        """float32 (vocab,) logits after one more `token`."""
+        return self.prefix.step(token, self._table.rows([token])[0])
+
+    def tokens(
+        self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Generator[int, None, None]:
+        """Tokens that continue `sequence`, until end of text (included), `max_new_tokens` or a full cache."""
+        return self._checked(sequence, max_new_tokens, sampling, Progress(len(sequence), Stopwatch()))
+
+    def answer(
+        self,
+        sequence: PromptSequence,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        watch: Stopwatch | None = None,
+    ) -> Answer:
+        """The answer to `sequence`; `watch` has what its images took so far. Nothing is run yet."""
+        progress = Progress(len(sequence), watch or Stopwatch())
+        tokens = self._checked(sequence, max_new_tokens, sampling, progress)
+        return Answer(tokens, progress, Detokenizer(self.tokenizer), self._eos)
+
+    def _checked(
+        self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling | None, progress: Progress
+    ) -> Generator[int, None, None]:
+        if max_new_tokens < 1:
+            raise UhdError(f"max_new_tokens: {max_new_tokens} is out of range; use 1 or more")
+        return self._tokens(sequence, max_new_tokens, sampling or Sampling(), progress)
+
+    def _tokens(
+        self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling, progress: Progress
+    ) -> Generator[int, None, None]:
+        turn, random, watch = Turn(), sampling.generator(), progress.watch
+        try:
+            with self._turns.begin(turn):
+                progress.started = True
+                progress.cached_tokens = self.prefix.match(sequence.keys)
+                token = sample(self.prefill(sequence, watch), sampling, random)
+            while not self._last(token, max_new_tokens, progress):
+                yield token
+                with self._turns.go_on(turn), watch.stage("decode"):
+                    token = sample(self.step(token), sampling, random)
+        finally:
+            self._turns.end(turn)
+        yield token
+
+    def _last(self, token: int, max_new_tokens: int, progress: Progress) -> bool:
+        """Whether the answer ends with `token`, which joins it."""
+        progress.ids.append(token)
+        if token in self._eos:
+            progress.finish_reason = "stop"
+        elif len(progress.ids) == max_new_tokens:
+            progress.finish_reason = "length"
+        elif not self.decoder.remaining:
+            progress.finish_reason = "context"
+        return progress.finish_reason is not None
