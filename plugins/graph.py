@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import DTypeLike
 
 OPSET = 23
 IR_VERSION = 10
@@ -13,6 +14,9 @@ PLUGIN_DOMAIN = "uhd"
 CONTRIB_DOMAIN = "com.microsoft"
 
 Dim = int | str
+Attribute = str | int | float | Sequence[int] | Sequence[float]
+Progress = Callable[[int, int], None]
+_PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
 class GraphBuilder:
@@ -77,7 +81,7 @@ class GraphBuilder:
         tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(list(shape)), name=name)
         return self._initializer(name, tensor)
 
-    def constant(self, array: np.ndarray | Sequence | int | float, dtype: type | None = None) -> ir.Value:
+    def constant(self, array: np.ndarray | Sequence | int | float, dtype: DTypeLike = None) -> ir.Value:
         """A small constant, shared with equal ones. Python integers become int64."""
         if dtype is None:
             array = np.asarray(array)
@@ -99,17 +103,28 @@ class GraphBuilder:
         op_type: str,
         *inputs: ir.Value | None,
         domain: str = "",
-        outputs: int = 1,
         name: str | None = None,
-        **attributes: object,
-    ) -> ir.Value | tuple[ir.Value, ...]:
-        """Add a node; returns its output, or a tuple where there are several."""
+        **attributes: Attribute,
+    ) -> ir.Value:
+        """Add a node with one output, which is returned."""
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, name=name, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Attribute,
+    ) -> tuple[ir.Value, ...]:
+        """Add a node with several outputs, which are returned in order."""
         if domain:
             self._domains.setdefault(domain, 1)
         name = name or f"{self._scope}{op_type}_{len(self._nodes)}"
         node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name)
         self._nodes.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return tuple(node.outputs)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -149,15 +164,15 @@ class GraphBuilder:
             functions=list(self._functions.values()),
         )
 
-    def save(self, path: Path, on_tensor: Callable[[int, int], None] | None = None) -> None:
+    def save(self, path: Path, progress: Progress | None = None) -> None:
         """Write the model with its weights beside it (`NAME.onnx.data`), one tensor at a time.
 
-        `on_tensor(done, total)` is called before each tensor is written.
+        `progress(done, total)` is called before each tensor is written.
         """
 
-        def callback(_: object, info: object) -> None:
-            if on_tensor is not None:
-                on_tensor(info.index, info.total)
+        def callback(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+            if progress is not None:
+                progress(info.index, info.total)
 
         ir.save(
             self.model(),
@@ -184,6 +199,3 @@ class GraphBuilder:
             opset_imports=dict(self._domains),
             name=self.name,
         )
-
-
-_PACKED = (ir.DataType.INT4, ir.DataType.UINT4)

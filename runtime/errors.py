@@ -19,7 +19,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation", "bad_a
 _NO_SPACE = "No space left on device"
 # Packages that not every installation has, with the extra of ours that brings them.
 _EXTRAS = {
-    **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir", "onnxscript"), "export"),
+    **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir"), "export"),
     **dict.fromkeys(("safetensors", "sentencepiece", "torch"), "export"),
     "triton": "tensorrt",
 }

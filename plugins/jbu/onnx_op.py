@@ -77,7 +77,7 @@ def _plain_body() -> ir.Function:
     tall = b.op("MatMul", v["upsample_y"], flat)
     shape = b.concat_shape(b.dim(tall, 0), b.dim(tall, 1), b.dim(wide, 2), b.dim(wide, 3))
     up = b.op("Reshape", tall, shape)
-    weights = b.op("Split", kernels, axis=-1, num_outputs=KERNEL * KERNEL, outputs=KERNEL * KERNEL)
+    weights = b.ops("Split", kernels, axis=-1, num_outputs=KERNEL * KERNEL, outputs=KERNEL * KERNEL)
     out = None
     for tap, weight in enumerate(weights):
         term = b.op("Mul", weight, shifted(up, tap))

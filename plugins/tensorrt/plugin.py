@@ -2,7 +2,7 @@
 
 While an engine is built, a plugin compiles its kernels (Triton; no GPU) for the types and shapes of the
 profiles and puts them, as PTX, into its serialized fields. On the device it launches them. Works with
-TensorRT-RTX and TensorRT alike. `register_plugins` must run in the process that builds and in the one that
+TensorRT-RTX and TensorRT alike. `register` must run in the process that builds and in the one that
 loads the engine. The classes are made once TensorRT is imported, because they derive from its own.
 """
 
@@ -34,7 +34,7 @@ _failures: list[UhdError] = []  # of callbacks, which TensorRT answers for with 
 
 
 @contextmanager
-def plugin_errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Raise what a plugin found wrong in the block, in place of what TensorRT made of it.
 
     Put it around parsing, building, deserializing and running.
@@ -60,7 +60,7 @@ class Build:
         self.failed: UhdError | None = None
 
     def fail(self, error: UhdError) -> None:
-        """Note what is wrong; `plugin_errors` raises it, and no engine comes of it."""
+        """Note what is wrong; `errors` raises it, and no engine comes of it."""
         self.failed = error
         _failures.append(error)
 
@@ -102,7 +102,7 @@ class Build:
         return self.compiled
 
 
-def register_plugins(trt: ModuleType, capabilities: Sequence[str] = ()) -> tuple[str, ...]:
+def register(trt: ModuleType, capabilities: Sequence[str] = ()) -> tuple[str, ...]:
     """Register the plugins with TensorRT, and return the names of the operators that they run.
 
     `capabilities`, such as ("8.6", "8.9"), are the GPUs to build kernels for; none are needed to load

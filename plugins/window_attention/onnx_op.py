@@ -11,7 +11,7 @@ OP = "WindowAttention"
 
 
 def add_window_attention(
-    b: GraphBuilder, query_position: ir.Value, levels: Sequence[Level], sets: int = 4
+    b: GraphBuilder, query_position: ir.Value, levels: Sequence[Level[ir.Value]], sets: int = 4
 ) -> list[tuple[ir.Value, ir.Value]]:
     """Add a `uhd.WindowAttention` node and its body for this number of levels.
 
@@ -19,7 +19,7 @@ def add_window_attention(
     """
     b.add_function(_body(len(levels), sets))
     inputs = [query_position, *(value for level in levels for value in level)]
-    outputs = b.op(OP, *inputs, domain=PLUGIN_DOMAIN, outputs=2 * len(levels), sets=sets, levels=len(levels))
+    outputs = b.ops(OP, *inputs, domain=PLUGIN_DOMAIN, outputs=2 * len(levels), sets=sets, levels=len(levels))
     return list(zip(outputs[::2], outputs[1::2], strict=True))
 
 
@@ -47,7 +47,7 @@ def _body(levels: int, sets: int) -> ir.Function:
     weights = b.op("Transpose", weights, perm=[3, 0, 1, 4, 2])
     if levels > 1:
         lengths = b.op("Concat", *(b.dim(rows, 2) for rows in pooled), axis=0)
-        parts = b.op("Split", weights, lengths, axis=4, outputs=levels)
+        parts = b.ops("Split", weights, lengths, axis=4, outputs=levels)
     else:
         parts = (weights,)
     for i, (part, rows, extra) in enumerate(zip(parts, pooled, moments, strict=True)):
@@ -80,7 +80,7 @@ def _outer(b: GraphBuilder, y: ir.Value, x: ir.Value) -> ir.Value:
     return b.op("Reshape", product, b.concat_shape(b.op("Mul", side, side), keys, cells))
 
 
-def _pool_level(b: GraphBuilder, level: Level) -> tuple[ir.Value, ir.Value]:
+def _pool_level(b: GraphBuilder, level: Level[ir.Value]) -> tuple[ir.Value, ir.Value]:
     """Pooled scaled features (N, B, K, C), and pooled scale and mass (N, B, K, 2)."""
     last = b.constant([-1])
     scale = b.op("Unsqueeze", level.scale, last)
@@ -92,7 +92,7 @@ def _pool_level(b: GraphBuilder, level: Level) -> tuple[ir.Value, ir.Value]:
 
 
 def _scores(
-    b: GraphBuilder, level: Level, rows: ir.Value, extra: ir.Value, query_position: ir.Value
+    b: GraphBuilder, level: Level[ir.Value], rows: ir.Value, extra: ir.Value, query_position: ir.Value
 ) -> ir.Value:
     """Scores (N, B, K, Q) of one level's pooled rows."""
     windows, batch, keys = (b.dim(rows, axis) for axis in range(3))

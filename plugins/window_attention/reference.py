@@ -5,23 +5,25 @@ queries to the pooled rows of all levels. Letters in shapes: B crops, N = side^2
 window at one level, C vision channels, Q queries with the head as the slow axis.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-class Level(NamedTuple):
-    """One level's inputs."""
 
-    features: torch.Tensor  # (B, H, W, C)
-    scale: torch.Tensor  # (B, H, W): the LayerNorm's scalar of each pixel
-    roi_y: torch.Tensor  # (side, bins_y, H)
-    roi_x: torch.Tensor  # (side, bins_x, W)
-    position_y: torch.Tensor  # (side, bins_y, side)
-    position_x: torch.Tensor  # (side, bins_x, side)
-    query: torch.Tensor  # (N, C, Q): folded queries against scaled features
-    query_scale: torch.Tensor  # (N, Q): against the pooled scale
-    query_mass: torch.Tensor  # (N, Q): against the pooled constant one
+class Level(NamedTuple, Generic[T]):
+    """One level's inputs: tensors here, values of a graph where ONNX is written."""
+
+    features: T  # (B, H, W, C)
+    scale: T  # (B, H, W): the LayerNorm's scalar of each pixel
+    roi_y: T  # (side, bins_y, H)
+    roi_x: T  # (side, bins_x, W)
+    position_y: T  # (side, bins_y, side)
+    position_x: T  # (side, bins_x, side)
+    query: T  # (N, C, Q): folded queries against scaled features
+    query_scale: T  # (N, Q): against the pooled scale
+    query_mass: T  # (N, Q): against the pooled constant one
 
 
 class Mixed(NamedTuple):
@@ -42,7 +44,9 @@ def outer(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ipa,jqb->ijpqab", y, x).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
-def window_attention(levels: list[Level], query_position: torch.Tensor, sets: int = 4) -> list[Mixed]:
+def window_attention(
+    levels: list[Level[torch.Tensor]], query_position: torch.Tensor, sets: int = 4
+) -> list[Mixed]:
     """Attend in every window over all levels' pooled rows; one softmax over their concatenation.
 
     `query_position` (N, Q, side^2) scores the position table's cells. The score of a row is

@@ -25,7 +25,7 @@ window_attention = torch.library.custom_op(
 )
 
 
-def _levels(tensors: list[torch.Tensor]) -> list[reference.Level]:
+def _levels(tensors: list[torch.Tensor]) -> list[reference.Level[torch.Tensor]]:
     step = len(LEVEL_INPUTS)
     return [reference.Level(*tensors[i : i + step]) for i in range(0, len(tensors), step)]
 

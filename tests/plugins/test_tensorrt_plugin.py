@@ -19,7 +19,7 @@ from uhd_export.plugins.jbu.torch_op import jbu
 from uhd_export.plugins.launch import Launch
 from uhd_export.plugins.tensorrt import driver as gpu
 from uhd_export.plugins.tensorrt import runner
-from uhd_export.plugins.tensorrt.plugin import VERSION, plugin_errors, register_plugins
+from uhd_export.plugins.tensorrt.plugin import VERSION, errors, register
 from uhd_export.plugins.window_attention import kernel as window_kernel
 from uhd_export.plugins.window_attention.launch import inputs as window_names
 from uhd_export.plugins.window_attention.onnx_op import add_window_attention
@@ -98,7 +98,7 @@ def parse(trt, model):
     builder = trt.Builder(logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, builder.logger)
-    with plugin_errors(), messages(trt) as said:
+    with errors(), messages(trt) as said:
         done = parser.parse(model.SerializeToString())
     assert done, said.errors
     return builder, network, parser
@@ -113,7 +113,7 @@ def build(trt, builder, network, profile, capabilities):
     for name, shapes in profile.items():
         ranges.set_shape(name, *shapes)
     config.add_optimization_profile(ranges)
-    with plugin_errors(), messages(trt) as said:
+    with errors(), messages(trt) as said:
         engine = builder.build_serialized_network(network, config)
     assert engine is not None, said.errors
     return bytes(engine)
@@ -137,7 +137,7 @@ def packed_kernels(engine):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_jbu_builds_with_its_kernels_inside(trt, dtype):
     capabilities = ("8.6", "8.9") if dtype == "float16" else ("8.9",)
-    assert register_plugins(trt, capabilities) == ("JBU", "WindowAttention")
+    assert register(trt, capabilities) == ("JBU", "WindowAttention")
     b, profile = jbu_graph(dtype)
     builder, network, _parser = parse(trt, proto(b))
     assert layer_types(network).count("PLUGIN_V3") == 1
@@ -153,21 +153,21 @@ def test_jbu_builds_with_its_kernels_inside(trt, dtype):
 
 
 def test_plugin_wins_over_the_function_body(trt):
-    register_plugins(trt, ("8.9",))
+    register(trt, ("8.9",))
     model = ir.serde.serialize_model(jbu_graph()[0].model())
     assert len(model.functions) == 1
     builder = trt.Builder(logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, builder.logger)
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    with plugin_errors(), messages(trt) as said:
+    with errors(), messages(trt) as said:
         assert parser.parse(model.SerializeToString()), said.errors
     assert layer_types(network).count("PLUGIN_V3") == 1
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_window_attention_builds_with_its_kernels_inside(trt, levels):
-    register_plugins(trt, ("8.9",))
+    register(trt, ("8.9",))
     b, profile = window_graph("float16", levels)
     builder, network, _parser = parse(trt, proto(b))
     assert layer_types(network).count("PLUGIN_V3") == 1
@@ -182,7 +182,7 @@ def test_window_attention_builds_with_its_kernels_inside(trt, levels):
 
 def plugin_being_built(trt, name, attributes, least, most, dtype="float32"):
     """A plugin as TensorRT makes it while it builds an engine, told of its shapes."""
-    register_plugins(trt, ("8.9",))
+    register(trt, ("8.9",))
     creator = trt.get_plugin_registry().get_creator(name, VERSION, "")
     kinds = trt.PluginFieldType
     arrays = {name: np.array([value], np.int32) for name, value in attributes.items()}  # fields only point
@@ -301,7 +301,7 @@ def test_other_gpu_and_other_shapes_are_refused(trt, monkeypatch):
     monkeypatch.setattr(runner, "open_driver", lambda: driver)
     with (
         pytest.raises(UhdError, match=r"capability 12\.0, the engine's kernels are for 8\.9"),
-        plugin_errors(),
+        errors(),
     ):
         enqueue(trt, plugin, driver, inputs, [output], torch.zeros(1))
     driver.number = 89
@@ -330,7 +330,7 @@ def test_other_gpu_and_other_shapes_are_refused(trt, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_one_line(trt, capfd, graph, message):
-    register_plugins(trt, ("8.9",))
+    register(trt, ("8.9",))
     with pytest.raises(UhdError, match=message) as caught:
         parse(trt, proto(graph()[0]))
     assert "\n" not in str(caught.value)
@@ -340,12 +340,12 @@ def test_what_does_not_fit_is_one_line(trt, capfd, graph, message):
 def test_channels_must_be_fixed(trt):
     shapes = [tuple(t.shape) for t in jbu_inputs(1, 2, 2, CHANNELS).values()]
     wider = [(1, 2, 2, 2 * CHANNELS), *shapes[1:]]
-    with pytest.raises(UhdError, match="axis 3 of input source ranges from 16 to 32"), plugin_errors():
+    with pytest.raises(UhdError, match="axis 3 of input source ranges from 16 to 32"), errors():
         plugin_on_device(trt, "JBU", {}, shapes, wider)
 
 
 def test_node_without_levels_is_refused(trt):
-    register_plugins(trt, ("8.9",))
+    register(trt, ("8.9",))
     model = proto(window_graph()[0])
     node = model.graph.node[0]
     node.attribute.remove(next(a for a in node.attribute if a.name == "levels"))
@@ -355,7 +355,7 @@ def test_node_without_levels_is_refused(trt):
 
 def test_capability_without_kernels_is_refused(trt):
     with pytest.raises(UhdError, match=r"compute capability 7\.5: the plugins have no kernels.*--no-plugins"):
-        register_plugins(trt, ("7.5",))
+        register(trt, ("7.5",))
 
 
 def test_the_device_needs_neither_triton_nor_pytorch():

@@ -223,7 +223,7 @@ def _write_parts(
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
     with progress_bar(VISION, show=progress) as bar:
         emit_vision(
-            config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, on_tensor=bar.set
+            config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, progress=bar.set
         )
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(
@@ -234,7 +234,7 @@ def _write_parts(
             dialect=options.dialect,
             linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
-            on_tensor=bar.set,
+            progress=bar.set,
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:
         write_embeddings(checkpoint, folder / EMBEDDINGS, options.dtype, bar.set)

@@ -115,7 +115,7 @@ class OnnxRuntimeDialect(Dialect):
     def add_norm(self, x: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """One fused node; its second and third outputs are for training only."""
         weight = self._norm_weight(name, self.dtype)
-        normed, _, _, total = self.builder.op(
+        normed, _, _, total = self.builder.ops(
             "SkipSimplifiedLayerNormalization",
             x,
             update,
@@ -130,7 +130,7 @@ class OnnxRuntimeDialect(Dialect):
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """One GroupQueryAttention node."""
         layer = len(self._present)
-        out, key, value = self.builder.op(
+        out, key, value = self.builder.ops(
             "GroupQueryAttention",
             q,
             k,

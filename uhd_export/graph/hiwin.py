@@ -153,8 +153,8 @@ def _attend(
     """One query a window over (B, N, K, D) keys and values, to (B, N, D)."""
     windows, heads, d = config.side**2, config.heads, config.hidden
     q = b.op("Add", weights.layer_norm(weights.plain(query), "ln_q", LN_EPS), weights.plain("pos_embed"))
-    projections = b.op("Split", weights.plain("attn.in_proj_weight"), axis=0, num_outputs=3, outputs=3)
-    biases = b.op("Split", weights.plain("attn.in_proj_bias"), axis=0, num_outputs=3, outputs=3)
+    projections = b.ops("Split", weights.plain("attn.in_proj_weight"), axis=0, num_outputs=3, outputs=3)
+    biases = b.ops("Split", weights.plain("attn.in_proj_bias"), axis=0, num_outputs=3, outputs=3)
 
     def project(x: ir.Value, i: int) -> ir.Value:
         x = b.op("MatMul", x, b.op("Transpose", projections[i], perm=[1, 0]))

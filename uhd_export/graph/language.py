@@ -7,7 +7,6 @@ updated cache `present.I.key|value`, which a backend binds to the same buffers a
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import onnx_ir as ir
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.dialects import DIALECTS, Dialect
 from uhd_export.graph.linear import Dense, Linear, LinearFormat, TensorReader, TensorSource
+from uhd_export.plugins.graph import Progress
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import LOGITS
@@ -32,13 +32,13 @@ def emit_language(
     dialect: str = "onnxruntime",
     linear: LinearFormat | None = None,
     context: int | None = None,
-    on_tensor: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the language model to `path`, with its weights in `PATH.data` beside it.
 
     `tensors` is a checkpoint, or a function from official tensor names to tensors. `dtype` is the type of
     activations, cache and dense weights; `linear` the weight format (default `Dense()`); `context` the
-    number of positions of the rotary tables (default: the model's own). `on_tensor(done, total)` is called
+    number of positions of the rotary tables (default: the model's own). `progress(done, total)` is called
     before each tensor of the external data is written. One tensor is in memory at a time. Raises UhdError
     for an unsupported dtype or dialect, a missing tensor or a wrong shape; then nothing is left at `path`.
     """
@@ -51,7 +51,7 @@ def emit_language(
     source = TensorSource(tensors)
     graph = DIALECTS[dialect](config, source, DTYPES[dtype], context)
     _emit(graph, linear or Dense())
-    return _save(graph, Path(path), on_tensor)
+    return _save(graph, Path(path), progress)
 
 
 def check_context(config: LanguageConfig, context: int) -> None:
@@ -123,12 +123,12 @@ def _user_error(error: BaseException | None) -> UhdError | None:
     return error
 
 
-def _save(graph: Dialect, path: Path, on_tensor: Callable[[int, int], None] | None) -> Path:
+def _save(graph: Dialect, path: Path, progress: Progress | None) -> Path:
     """Write both files in a temporary folder beside `path`, then move them: the weights, then the model."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name
         try:
-            graph.builder.save(written, on_tensor)
+            graph.builder.save(written, progress)
         except ir.serde.SerdeError as error:
             raise _user_error(error) or error from None
         data = written.with_name(f"{path.name}.data")

@@ -4,7 +4,6 @@ Geometry enters as input tensors (`runtime/image/geometry.py`), so one file serv
 grid mode. Node names start with `vit/`, `jbu/` or `hiwin/`, which is how profiles are read by stage.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from uhd_export.graph.weights import Weights
 from uhd_export.model.folding import FoldedProjector
 from uhd_export.model.folding import fold as fold_weights
 from uhd_export.model.projector import HiwinProjector
-from uhd_export.plugins.graph import GraphBuilder
+from uhd_export.plugins.graph import GraphBuilder, Progress
 from uhd_export.plugins.jbu.onnx_op import add_jbu
 from uhd_export.runtime.image.geometry import crop_geometry
 
@@ -33,7 +32,7 @@ def emit_vision(
     *,
     fold: bool = True,
     dtype: str = "float32",
-    on_tensor: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the vision graph of `checkpoint` to `path`, its weights beside it.
 
@@ -73,7 +72,7 @@ def emit_vision(
     b.output(
         tokens, "tokens", ir.DataType.FLOAT, ["batch", config.projector.side**2, config.projector.hidden]
     )
-    b.save(path, on_tensor)
+    b.save(path, progress)
 
 
 def _geometry(config: CheckpointConfig) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ def _positions(
 ) -> ir.Value:
     """The position table at the crop's patches, (1 + h*w, C), by two separable products."""
     table = weights.plain("embeddings.position_embedding.weight")
-    cls, patches = b.op("Split", table, b.constant([1, config.table**2]), axis=0, outputs=2)
+    cls, patches = b.ops("Split", table, b.constant([1, config.table**2]), axis=0, outputs=2)
     y, x = geometry["position_y"], geometry["position_x"]
     patches = b.op("MatMul", y, b.reshape(patches, [config.table, -1]))
     patches = b.op("MatMul", x, b.reshape(patches, [-1, config.table, config.hidden]))
@@ -66,7 +66,7 @@ def _attention(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Va
     qkv = b.op("Transpose", qkv, perm=[2, 0, 3, 1, 4])
     q, k, v = (
         b.op("Squeeze", part, b.constant([0]))
-        for part in b.op("Split", qkv, axis=0, num_outputs=3, outputs=3)
+        for part in b.ops("Split", qkv, axis=0, num_outputs=3, outputs=3)
     )
     q = b.op("Mul", q, weights.number(size**-0.5))
     scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)

@@ -8,6 +8,7 @@ has mixed them. Queries are parameters: each becomes one vector a window, head a
 are folded in float64. Derivation: docs/folding.md.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,13 +69,14 @@ def fold(projector: HiwinProjector) -> FoldedProjector:
     query = F.linear(torch.stack(queries, 1), w_q, b_q).unflatten(-1, (heads, -1))  # (N, sets, heads, size)
     query = query * query.shape[-1] ** -0.5
 
-    position, by_level = [], {scale: [] for scale in projector.levels}
+    position = []
+    by_level: dict[int, list[torch.Tensor]] = {scale: [] for scale in projector.levels}
     for head, key_weight in enumerate(w_k.unflatten(0, (heads, -1))):
-        seen = query[:, :, head] @ key_weight  # (N, sets, D): what a key of D channels is multiplied by
-        position.append(seen @ wide["pos_embed"].T)
+        key_query = query[:, :, head] @ key_weight  # (N, sets, D): what a key of D channels is multiplied by
+        position.append(key_query @ wide["pos_embed"].T)
         for scale in projector.levels:
-            folded = (seen * gain) @ maps[scale]  # (N, sets, C + 1)
-            mass = seen @ (shift + embeddings[scale])
+            folded = (key_query * gain) @ maps[scale]  # (N, sets, C + 1)
+            mass = key_query @ (shift + embeddings[scale])
             by_level[scale].append(torch.cat([folded, mass[..., None]], -1).float())
 
     value_weight = (w_v * gain).unflatten(0, (heads, -1))  # (heads, size, D)
@@ -133,7 +135,7 @@ def folded_tokens(
     folded: FoldedProjector,
     maps: dict[int, torch.Tensor],
     geometry: Geometry,
-    attend: Callable[[list[Level], torch.Tensor, int], list[Mixed]] = window_attention,
+    attend: Callable[[list[Level[torch.Tensor]], torch.Tensor, int], list[Mixed]] = window_attention,
 ) -> torch.Tensor:
     """(B, N, D) tokens from the raw JBU maps (before the last fix-up).
 
@@ -143,7 +145,10 @@ def folded_tokens(
         Level(
             maps[scale],
             pixel_scale(maps[scale], level, folded.hidden),
-            *(geometry[f"{name}_{scale}x_{axis}"] for name in ("roi", "window_position") for axis in "yx"),
+            geometry[f"roi_{scale}x_y"],
+            geometry[f"roi_{scale}x_x"],
+            geometry[f"window_position_{scale}x_y"],
+            geometry[f"window_position_{scale}x_x"],
             level.query,
             level.query_scale,
             level.query_mass,
@@ -151,12 +156,12 @@ def folded_tokens(
         for scale, level in zip(folded.scales, folded.levels, strict=True)
     ]
     mixed = attend(inputs, folded.query_position, len(QUERY_SETS))
-    attended = sum(
+    by_level = [
         torch.einsum("hnbsc,hcd->bnshd", part.rows, level.value)
         + torch.einsum("hnbsm,hmd->bnshd", part.moments, level.value_moments)
         for part, level in zip(mixed, folded.levels, strict=True)
-    )
-    attended = attended.flatten(-2) + folded.value_bias
+    ]
+    attended = functools.reduce(torch.add, by_level).flatten(-2) + folded.value_bias
     x = F.layer_norm(attended @ folded.out_weight + folded.out_bias, (folded.hidden,), eps=LN_EPS)
     x = F.layer_norm(x.flatten(-2) @ folded.cat_weight + folded.cat_bias, (folded.hidden,), eps=LN_EPS)
     return x @ folded.proj_weight + folded.proj_bias

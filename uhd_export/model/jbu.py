@@ -17,9 +17,12 @@ def _pointwise(channels_in: int, channels_out: int, hidden: int) -> nn.Sequentia
     )
 
 
-def _matrices(pointwise: nn.Sequential, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) and bias of one of the two convolutions."""
-    return pointwise[index].weight.flatten(1), pointwise[index].bias
+def matrices(pointwise: nn.Sequential, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (out, in) and bias of the 1x1 convolution at `index`."""
+    convolution = pointwise[index]
+    if not isinstance(convolution, nn.Conv2d) or convolution.bias is None:
+        raise TypeError(f"module {index} is no convolution with a bias")
+    return convolution.weight.flatten(1), convolution.bias
 
 
 class JbuStage(nn.Module):
@@ -36,12 +39,12 @@ class JbuStage(nn.Module):
     def parameters_in_order(self) -> tuple:
         """The arguments of `stage_kernels` after the guidance."""
         return (
-            _matrices(self.range_proj, 0),
-            _matrices(self.range_proj, 3),
+            matrices(self.range_proj, 0),
+            matrices(self.range_proj, 3),
             self.range_temp,
             self.sigma_spatial,
-            _matrices(self.fixup_proj, 0),
-            _matrices(self.fixup_proj, 3),
+            matrices(self.fixup_proj, 0),
+            matrices(self.fixup_proj, 3),
         )
 
     def forward(
@@ -79,6 +82,6 @@ class JbuStack(nn.Module):
         """Every scale's map by scale, 1 included (SEMANTICS: JBU pyramid)."""
         maps = self.raw(source, image, geometry)
         last = self.scales[-1]
-        weight, bias = _matrices(self.fixup_proj, 1)
+        weight, bias = matrices(self.fixup_proj, 1)
         maps[last] = maps[last] + FIXUP * nn.functional.linear(maps[last], weight, bias)
         return maps

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from uhd_export.model.layers import Layers
 from uhd_export.runtime.config import LanguageConfig
 
 Cache = list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -58,8 +59,9 @@ class SelfAttention(nn.Module):
             p(x).unflatten(-1, (-1, size)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if cache[index] is not None:
-            k, v = torch.cat([cache[index][0], k], 2), torch.cat([cache[index][1], v], 2)
+        past = cache[index]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         cache[index] = (k, v)
         length, total = q.shape[2], k.shape[2]
         mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
@@ -101,16 +103,23 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Decoder(nn.Module):
+    """Embeddings, layers and the last norm: what official checkpoints call `model`."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = Layers[DecoderLayer](DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+
+
 class LanguageModel(nn.Module):
     """Decoder with embeddings and head, under the official tensor names."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.model.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.model.norm = RMSNorm(config.hidden, config.eps)
+        self.model = Decoder(config)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
 

@@ -48,8 +48,9 @@ class _Resampler(nn.Module):
         self.side = config.side
         self.pos_embed = nn.Parameter(torch.empty(config.side**2, d))
         self.attn = CrossAttention(d, config.heads)
-        for name in ("ln_q", "ln_kv", "ln_post"):
-            setattr(self, name, nn.LayerNorm(d, LN_EPS))
+        self.ln_q = nn.LayerNorm(d, LN_EPS)
+        self.ln_kv = nn.LayerNorm(d, LN_EPS)
+        self.ln_post = nn.LayerNorm(d, LN_EPS)
         self.proj = nn.Parameter(torch.empty(d, d))
 
     def keys_and_values(
@@ -69,6 +70,14 @@ class _Resampler(nn.Module):
         return keys.to(level.dtype), values.to(level.dtype)
 
 
+class Upsampler(nn.Module):
+    """The JBU stack, one name deeper, as official checkpoints have it."""
+
+    def __init__(self, stack: JbuStack) -> None:
+        super().__init__()
+        self.upsampler = stack
+
+
 class HiwinProjector(_Resampler):
     """Hierarchical window attention over the JBU pyramid (paper section 3.3; SEMANTICS)."""
 
@@ -82,8 +91,7 @@ class HiwinProjector(_Resampler):
             self.add_module(f"features_{scale}x_projector", nn.Linear(c, d))
             self.register_parameter(f"feature_{scale}x_embedding", nn.Parameter(torch.empty(1, 1, d)))
         if config.stages:
-            self.upsampler = nn.Module()
-            self.upsampler.upsampler = JbuStack(c, config.stages)
+            self.upsampler = Upsampler(JbuStack(c, config.stages))
         self.ln_proj = nn.LayerNorm(d, LN_EPS)
         self.cat_proj = nn.Linear(4 * d, d)
 

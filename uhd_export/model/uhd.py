@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from torch import nn
 
 from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
 from uhd_export.checkpoint.fields import choice
@@ -48,14 +51,14 @@ class UhdModel:
             resize,
             roi_rounding,
         )
-        modules = _modules(config)
-        self.vision_tower, self.projector, self.language = modules.values()
+        parts = Parts.on_meta(config)
+        self.vision_tower, self.projector, self.language = parts
         checkpoint = open_checkpoint(folder)
         refuse_unknown(checkpoint, config)
-        for prefix, module in modules.items():
+        for prefix, module in parts.by_prefix().items():
             checkpoint.load_into(module, prefix, dtype)
         checkpoint.close()
-        self._tokenizer = None
+        self._tokenizer: Tokenizer | None = None
 
     def plan(self, image: Image.Image) -> SlicePlan:
         """How `image` is cut."""
@@ -94,7 +97,7 @@ class UhdModel:
     def _encode(self, image: Image.Image) -> tuple[SlicePlan, list[torch.Tensor]]:
         plan = self.plan(image)
         crops = [torch.from_numpy(normalise(crop)) for crop in cut(image, plan)]
-        tokens = []
+        tokens: list[torch.Tensor] = []
         if len(crops) > 1:
             tokens.extend(self.encode_crops(torch.stack(crops[:-1])))
         tokens.extend(self.encode_crops(crops[-1][None]))
@@ -102,7 +105,9 @@ class UhdModel:
 
     def input_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of `prompt`, -200 where an image goes."""
-        if isinstance(prompt, str) and self._tokenizer is None:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self._tokenizer is None:
             self._tokenizer = checkpoint_tokenizer(self.folder)
         return prompts.encode(self._tokenizer, prompt)
 
@@ -134,13 +139,13 @@ class UhdModel:
 
     def _visual_embeds(self, image: ImageLike) -> torch.Tensor:
         plan, crops = self._encode(open_image(image))
-        source, tokens = layout_indices(
+        rows, separators = layout_indices(
             plan.slice_grid,
             layout=self.config.layout,
             side=self.config.projector.side,
             separators=self.config.separators,
         )
-        source, tokens = torch.from_numpy(source), torch.from_numpy(tokens)
+        source, tokens = torch.from_numpy(rows), torch.from_numpy(separators)
         out = torch.cat(crops)[source.clamp(min=0)]
         out[source < 0] = self.language.model.embed_tokens(tokens[source < 0])
         return out
@@ -155,7 +160,8 @@ class UhdModel:
         self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int], max_new_tokens: int
     ) -> list[int]:
         """Greedy continuation; ends before `max_new_tokens` after an end-of-text token."""
-        embeds, cache, out = self.inputs_embeds(image, prompt), self.language.new_cache(), []
+        embeds, cache = self.inputs_embeds(image, prompt), self.language.new_cache()
+        out: list[int] = []
         while len(out) < max_new_tokens:
             token = int(self.language(embeds, cache, last_only=True)[0, -1].argmax())
             out.append(token)
@@ -165,20 +171,30 @@ class UhdModel:
         return out
 
 
-def _modules(config: CheckpointConfig) -> dict[str, torch.nn.Module]:
-    """The model's three parts by the prefix of their tensors, on the meta device: they hold no memory."""
-    projector = HiwinProjector if config.projector.kind == "hiwin" else V1Projector
-    with torch.device("meta"):
-        return {
-            VISION_PREFIX: VisionTower(config.vision),
-            PROJECTOR_PREFIX: projector(config.projector),
-            "": LanguageModel(config.language),
-        }
+class Parts(NamedTuple):
+    """The model's three parts."""
+
+    vision_tower: VisionTower
+    projector: HiwinProjector | V1Projector
+    language: LanguageModel
+
+    @classmethod
+    def on_meta(cls, config: CheckpointConfig) -> "Parts":
+        """The parts on the meta device, where they hold no memory."""
+        projector = HiwinProjector if config.projector.kind == "hiwin" else V1Projector
+        with torch.device("meta"):
+            return cls(
+                VisionTower(config.vision), projector(config.projector), LanguageModel(config.language)
+            )
+
+    def by_prefix(self) -> dict[str, nn.Module]:
+        """The parts by the prefix of their tensors in a checkpoint."""
+        return {VISION_PREFIX: self.vision_tower, PROJECTOR_PREFIX: self.projector, "": self.language}
 
 
 def refuse_unknown(checkpoint: Checkpoint, config: CheckpointConfig) -> None:
     """Raise UhdError naming tensors of `checkpoint` that the model of `config` has no place for."""
-    modules = _modules(config).items()
+    modules = Parts.on_meta(config).by_prefix().items()
     used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
     last = f"encoder.layers.{config.vision.layers}."
     checkpoint.refuse_unknown(used, lambda n: last in n or (config.language.tied and n == "lm_head.weight"))
@@ -201,7 +217,7 @@ def load_model(
 
     `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
     that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
-    `grid` selective, fix or pyramid; `resize` the longest side before slicing, or None; `roi_rounding`
+    `grid_mode` selective, fix or pyramid; `resize` the longest side before slicing, or None; `roi_rounding`
     exact or bf16, by default as the released code in `dtype`.
     Raises UhdError for whatever is missing, broken or not supported.
     """

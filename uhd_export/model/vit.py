@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from uhd_export.model.layers import Layers
 from uhd_export.runtime.config import VisionConfig
 
 Geometry = dict[str, torch.Tensor]
@@ -37,8 +38,10 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden, config.hidden))
+        self.q_proj = nn.Linear(config.hidden, config.hidden)
+        self.k_proj = nn.Linear(config.hidden, config.hidden)
+        self.v_proj = nn.Linear(config.hidden, config.hidden)
+        self.out_proj = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, C) to (B, S, C)."""
@@ -79,6 +82,14 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class Encoder(nn.Module):
+    """The layers, under CLIP's name for them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = Layers[Layer](Layer(config) for _ in range(config.layers))
+
+
 class VisionTower(nn.Module):
     """`hidden_states[-2]` without the class token, of equal crops (SEMANTICS: Vision tower)."""
 
@@ -86,8 +97,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden, config.eps)  # CLIP's own spelling
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.encoder = Encoder(config)
 
     def forward(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """(B, 3, 14h, 14w) pixels to (B, h, w, C) features, channels last."""

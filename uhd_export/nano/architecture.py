@@ -12,6 +12,7 @@ from torch import nn
 
 from uhd_export.checkpoint.config import CheckpointConfig, parse_config
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
+from uhd_export.model.jbu import matrices
 from uhd_export.model.language import LanguageModel, RMSNorm
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import Layer, VisionTower
@@ -111,7 +112,7 @@ def fresh_vision(config: CheckpointConfig) -> tuple[VisionTower, HiwinProjector]
         nn.init.constant_(stage.sigma_spatial, 0.3)
         nn.init.zeros_(stage.fixup_proj[3].bias)
         nn.init.normal_(stage.fixup_proj[3].weight, std=0.01)
-    nn.init.zeros_(stack.fixup_proj[1].bias)
+    nn.init.zeros_(matrices(stack.fixup_proj, 1)[1])
     return tower, projector
 
 
@@ -170,16 +171,17 @@ def save_checkpoint(
     """
     (folder / TOWER_FOLDER).mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for module, prefix in ((tower, VISION_PREFIX), (projector, PROJECTOR_PREFIX), (language, "")):
-        for name, tensor in module.named_parameters():
+    parts: dict[str, nn.Module] = {VISION_PREFIX: tower, PROJECTOR_PREFIX: projector, "": language}
+    for prefix, part in parts.items():
+        for name, tensor in part.named_parameters():
             tensors[prefix + name] = tensor
     vision = typed_config(raw["vocab_size"], raw["mm_separator_token_ids"]).vision
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unused = {f"encoder.layers.{vision.layers}.": Layer(vision)}
+        unused: dict[str, nn.Module] = {f"encoder.layers.{vision.layers}.": Layer(vision)}
         unused["post_layernorm."] = nn.LayerNorm(vision.hidden, vision.eps)
-    for prefix, module in unused.items():
-        for name, tensor in module.named_parameters():
+    for prefix, part in unused.items():
+        for name, tensor in part.named_parameters():
             tensors[VISION_PREFIX + prefix + name] = tensor
     half = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in tensors.items()}
     if not all(math.isfinite(float(t.float().abs().max())) for t in half.values()):

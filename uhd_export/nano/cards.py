@@ -65,9 +65,9 @@ def make_card_image(seed: Seed, size: tuple[int, int] = IMAGE_SIZE) -> tuple[Ima
     columns, rows = size[0] // WINDOW, size[1] // WINDOW
     canvas = background(rng, size)
     taken = np.zeros((rows, columns), bool)
-    wanted = [NAMES[i] for i in rng.permutation(len(NAMES))[: rng.integers(4, 7)]]
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))[: rng.integers(4, 7)]]
     cards = []
-    for colour in wanted:
+    for colour in names:
         w, h = int(rng.integers(3, 8)), int(rng.integers(3, 6))
         for _ in range(200):
             x, y = int(rng.integers(0, columns - w + 1)), int(rng.integers(0, rows - h + 1))
@@ -80,7 +80,7 @@ def make_card_image(seed: Seed, size: tuple[int, int] = IMAGE_SIZE) -> tuple[Ima
         draw_card(rng, canvas, colour, (x, y, x + w, y + h))
         code = f"{rng.integers(10**DIGITS):0{DIGITS}d}"
         at = x + int(rng.integers(w)), y + int(rng.integers(h))
-        box = tuple(WINDOW * v for v in (x, y, x + w, y + h))
+        box = (WINDOW * x, WINDOW * y, WINDOW * (x + w), WINDOW * (y + h))
         cards.append(Card(colour, code, box, draw_code(rng, canvas, code, at)))
     return Image.fromarray(to_pixels(canvas)), cards
 

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,31 +33,43 @@ from uhd_export.nano import architecture
 from uhd_export.nano.cards import NAMES
 from uhd_export.nano.token_pool import TokenPool, build_pool, load_pool, save_pool
 from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer, separator_ids
-from uhd_export.nano.train_language import Conversations, train_language
-from uhd_export.nano.train_vision import OUTPUTS, train_vision
-from uhd_export.nano.windows import SIDE
+from uhd_export.nano.train_language import Conversations, LanguageStage, train_language
+from uhd_export.nano.train_vision import OUTPUTS, VisionStage, train_vision
 
 ALL = (1, 2, 4)
-# name: keyword arguments of train_vision, train_language, or build_pool.
 VISION = {
-    "vision-near": {"levels": (1,), "steps": 700, "batch": 4, "rate": 1.5e-3, "overview_every": 0},
-    "vision-all": {"levels": ALL, "steps": 200, "batch": 6, "rate": 4e-4, "overview_every": 6},
+    "vision-near": VisionStage(levels=(1,), steps=700, batch=4, rate=1.5e-3, overview_every=0),
+    "vision-all": VisionStage(levels=ALL, steps=200, batch=6, rate=4e-4, overview_every=6),
 }
+
+
+@dataclass(frozen=True)
+class PoolStage:
+    """How many slices and whole images are encoded, at which levels, by which stage's vision part."""
+
+    vision: str
+    levels: tuple[int, ...]
+    slices: int
+    images: int
+
+
 POOLS = {
-    "pool-near": {"vision": "vision-near", "levels": (1,), "slices": 1500, "images": 30},
-    "pool-all": {"vision": "vision-all", "levels": ALL, "slices": 500, "images": 100},
+    "pool-near": PoolStage("vision-near", levels=(1,), slices=1500, images=30),
+    "pool-all": PoolStage("vision-all", levels=ALL, slices=500, images=100),
 }
-FEW = {"pool": "pool-near", "slices": 0, "windows": 10, "rate": 2e-3}
+FEW = LanguageStage(slices=0, windows=10, steps=500, batch=16, rate=2e-3, final_rate=1e-3, word_weight=0.0)
 LANGUAGE = {
     # Among few windows first: evenly spread over 144 the attention gets almost no gradient.
-    "language-few": {**FEW, "steps": 500, "batch": 16, "word_weight": 0.0},
+    "language-few": FEW,
     # Copying the code that begins with the digit just said comes first; the auxiliary loss on the
     # colour's name makes the look-up by colour form too.
-    "language-word": {**FEW, "steps": 500, "batch": 16, "questions": 2, "word_weight": 1.0},
-    "language-slice": {"pool": "pool-near", "slices": 0, "steps": 200, "batch": 8, "rate": 1.5e-3},
-    "language-three": {"pool": "pool-near", "slices": 3, "steps": 150, "batch": 6, "rate": 1e-3},
-    "language-all": {"pool": "pool-all", "slices": 6, "steps": 500, "batch": 4, "rate": 8e-4},
+    "language-word": replace(FEW, questions=2, word_weight=1.0),
+    "language-slice": LanguageStage(slices=0, steps=200, batch=8, rate=1.5e-3, final_rate=7.5e-4),
+    "language-three": LanguageStage(slices=3, steps=150, batch=6, rate=1e-3, final_rate=5e-4),
+    "language-all": LanguageStage(slices=6, steps=500, batch=4, rate=8e-4, final_rate=8e-5),
 }
+# The tokens that a stage learns from, where they are not those of level 1x.
+POOL_OF = {"language-all": "pool-all"}
 # Stages that go on from another's result.
 PARENT = {
     "vision-all": "vision-near",
@@ -124,12 +137,12 @@ class Trainer:
         if stage in PARENT:
             self.load(PARENT[stage])
             self._start_levels_from_first()
-        parts = {"tower": self.tower, "projector": self.projector, "head": self.head}
+        parts: dict[str, nn.Module] = {"tower": self.tower, "projector": self.projector, "head": self.head}
         train_vision(
             self.tower,
             self.projector,
             self.head,
-            **VISION[stage],
+            VISION[stage],
             seed=STAGES.index(stage),
             log=self.log,
             save=lambda: self._save(stage + ".partial", parts),
@@ -138,32 +151,37 @@ class Trainer:
 
     def _start_levels_from_first(self) -> None:
         """Levels 2x and 4x begin as 1x; their embeddings stay their own."""
-        first = self.projector.features_1x_projector.state_dict()
+        first = self.projector.get_submodule("features_1x_projector").state_dict()
         for scale in ALL[1:]:
-            getattr(self.projector, f"features_{scale}x_projector").load_state_dict(first)
+            self.projector.get_submodule(f"features_{scale}x_projector").load_state_dict(first)
 
     def _pool(self, stage: str) -> None:
-        options = dict(POOLS[stage])
-        self.load(options.pop("vision"))
-        pool = build_pool(self.tower, self.projector, **options, seed=STAGES.index(stage), log=self.log)
+        sizes = POOLS[stage]
+        self.load(sizes.vision)
+        pool = build_pool(
+            self.tower,
+            self.projector,
+            levels=sizes.levels,
+            slices=sizes.slices,
+            images=sizes.images,
+            seed=STAGES.index(stage),
+            log=self.log,
+        )
         save_pool(pool, self.path(stage))
 
     def _language(self, stage: str) -> None:
-        options = dict(LANGUAGE[stage])
-        pool: TokenPool = load_pool(self.path(options.pop("pool")))
+        pool: TokenPool = load_pool(self.path(POOL_OF.get(stage, "pool-near")))
         if stage in PARENT:
             self.load(PARENT[stage])
         else:
             self.load("vision-near")
             self._start_colour_words()
-        parts = {"language": self.language}
+        parts: dict[str, nn.Module] = {"language": self.language}
         train_language(
             self.language,
             Conversations(self.tokenizer, self.config.separators),
             pool,
-            **{"windows": SIDE * SIDE, "questions": 8, "word_weight": 0.3, **options},
-            final_rate=options["rate"] / 10 if stage == STAGES[-1] else options["rate"] / 2,
-            real=0.4,
+            LANGUAGE[stage],
             seed=STAGES.index(stage),
             log=self.log,
             save=lambda: self._save(stage + ".partial", parts),

@@ -6,6 +6,7 @@ the loss on the answers only (digits, then `</s>`). From one slice to whole imag
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
-from uhd_export.model.language import LanguageModel, rotary_tables
+from uhd_export.model.language import LanguageModel, SelfAttention, rotary_tables
 from uhd_export.nano.cards import NAMES, TRAIN_SEED, question
 from uhd_export.nano.token_pool import GRID, SLICES, Crop, TokenPool
 from uhd_export.nano.tokenizer import TEMPLATE
@@ -29,9 +30,11 @@ class Conversations:
 
     def __init__(self, tokenizer: Tokenizer, separators: Separators) -> None:
         self.separators = separators
-        self.eos = tokenizer.token_to_id("</s>")
-        self.digit = [tokenizer.token_to_id(str(d)) for d in range(10)]
-        self.first, self.next = {}, {}
+        vocabulary = tokenizer.get_vocab()
+        self.eos = vocabulary["</s>"]
+        self.digit = [vocabulary[str(d)] for d in range(10)]
+        self.first: dict[int, list[int]] = {}
+        self.next: dict[int, list[int]] = {}
         self.words = torch.tensor(
             [tokenizer.encode(f" {name}", add_special_tokens=False).ids[-1] for name in NAMES]
         )
@@ -42,7 +45,8 @@ class Conversations:
 
     def ids(self, codes: dict[int, str], order: list[int]) -> tuple[list[int], list[bool]]:
         """Token ids with IMAGE_ID in place, and which of them are answers."""
-        out, answer = [], []
+        out: list[int] = []
+        answer: list[bool] = []
         for turn, colour in enumerate(order):
             text = self.next[colour] if turn else self.first[colour]
             out += text
@@ -80,7 +84,7 @@ class Conversations:
 
 def draw(
     rng: np.random.Generator, pool: TokenPool, slices: int, real: float, windows: int
-) -> tuple[list[Crop], tuple | None]:
+) -> tuple[list[Crop], tuple[int, int] | None]:
     """Crops and grid of one training image: `slices` 0 is one slice alone, as if an overview,
     of which `windows` are kept."""
     if slices == 0:
@@ -92,69 +96,77 @@ def draw(
     return pool.compose(rng, slices), (slices, 1)
 
 
+@dataclass(frozen=True)
+class LanguageStage:
+    """One length of the curriculum, trained on sequences of `slices` (0: one alone, without overview).
+
+    `windows` of a slice alone are kept; `real` is the share of whole images that are not composed, for six
+    slices; `questions` at most in a conversation. `word_weight` is of an auxiliary loss: after the first
+    layer, an answer's positions shall show the colour asked about. The rate goes linearly to `final_rate`.
+    """
+
+    slices: int
+    steps: int
+    batch: int
+    rate: float
+    final_rate: float
+    windows: int = SIDE * SIDE
+    questions: int = 8
+    word_weight: float = 0.3
+    real: float = 0.4
+
+
 def train_language(
     model: LanguageModel,
     conversations: Conversations,
     pool: TokenPool,
+    stage: LanguageStage,
     *,
-    slices: int,
-    real: float,
-    windows: int,
-    steps: int,
-    batch: int,
-    questions: int,
-    word_weight: float,
-    rate: float,
-    final_rate: float,
     seed: int,
     log: Callable[[str], None],
     save: Callable[[], None],
 ) -> float:
-    """Train in place on one length of the curriculum; returns the running share of right answers.
-
-    `slices` a sequence (0: one alone, without overview, `windows` of its tokens); `real` the share of
-    whole images that are not composed, for six slices; `questions` at most in a conversation.
-    `word_weight` is of an auxiliary loss: after the first layer, an answer's positions shall show the
-    colour asked about.
-    """
+    """Train in place on one length of the curriculum; returns the running share of right answers."""
+    steps, rate = stage.steps, stage.rate
     rng = np.random.default_rng((TRAIN_SEED, seed))
     optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
     start, right, average = time.monotonic(), 0.0, None
     for step in range(1, steps + 1):
-        examples, orders = [], []
-        while len(examples) < batch:
-            crops, grid = draw(rng, pool, slices, real, windows)
+        examples: list[tuple[torch.Tensor, torch.Tensor]] = []
+        orders: list[list[int]] = []
+        while len(examples) < stage.batch:
+            crops, grid = draw(rng, pool, stage.slices, stage.real, stage.windows)
             colours = [colour for crop in crops for colour in crop.codes]
             if colours:
-                order = [colours[i] for i in rng.permutation(len(colours))][:questions]
+                order = [colours[i] for i in rng.permutation(len(colours))][: stage.questions]
                 orders.append(order)
                 examples.append(conversations.build(crops, grid, order, model.model.embed_tokens))
         embeds = nn.utils.rnn.pad_sequence([e for e, _ in examples], batch_first=True)
         targets = nn.utils.rnn.pad_sequence([t for _, t in examples], batch_first=True, padding_value=IGNORE)
         for group in optimiser.param_groups:
-            group["lr"] = min(step / 50, 1) * (rate + (final_rate - rate) * step / steps)
+            group["lr"] = min(step / 50, 1) * (rate + (stage.final_rate - rate) * step / steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits, early = answer_logits(model, embeds, targets)
-        wanted = targets[targets != IGNORE]
-        loss = F.cross_entropy(logits.float(), wanted)
-        if word_weight:
-            asked = torch.tensor([colour - 1 for order in orders for colour in order])
+        answers = targets[targets != IGNORE]
+        loss = F.cross_entropy(logits.float(), answers)
+        if stage.word_weight:
+            colours_asked = torch.tensor([colour - 1 for order in orders for colour in order])
             words = model.model.embed_tokens.weight[conversations.words]
             scores = F.rms_norm(early.float(), early.shape[-1:]) @ F.rms_norm(words, words.shape[-1:]).T
             scores = scores / words.shape[-1] ** 0.5
-            turn = len(wanted) // len(asked)
-            loss = loss + word_weight * F.cross_entropy(scores, asked.repeat_interleave(turn))
+            turn = len(answers) // len(colours_asked)
+            loss = loss + stage.word_weight * F.cross_entropy(scores, colours_asked.repeat_interleave(turn))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        share = (logits.argmax(-1) == wanted).float().mean().item()
+        share = (logits.argmax(-1) == answers).float().mean().item()
         right = 0.95 * right + 0.05 * share if average is not None else share
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
         if step % 20 == 0 or step == steps:
             spent = time.monotonic() - start
             state = f"loss {average:.3f} tokens right {right:.3f} {spent:.0f} s"
-            log(f"language {slices} slices step {step}/{steps} {state}")
+            log(f"language {stage.slices} slices step {step}/{steps} {state}")
         if step % 100 == 0 or step == steps:
             save()
     return right
@@ -164,16 +176,18 @@ def answer_logits(
     model: LanguageModel, embeds: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (answers, vocab) at the positions that `targets` asks for, and layer 1's output there."""
-    inner, hidden, early = model.model, embeds, None
+    inner, hidden = model.model, embeds
+    answers = targets != IGNORE
+    early: list[torch.Tensor] = []
     cos, sin = rotary_tables(model.config, torch.arange(embeds.shape[1]))
     for layer in inner.layers:
         hidden = hidden + _attend(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        early = hidden[targets != IGNORE] if early is None else early
-    return model.lm_head(inner.norm(hidden[targets != IGNORE])), early
+        early = early or [hidden[answers]]
+    return model.lm_head(inner.norm(hidden[answers])), early[0]
 
 
-def _attend(attention: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _attend(attention: SelfAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`SelfAttention.forward` of a whole sequence, by the causal kernel (no mask tensor)."""
     size = attention.config.head_size
     q, k, v = (

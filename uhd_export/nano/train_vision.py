@@ -6,12 +6,14 @@ there, and its digits. First with level 1x alone (`levels=(1,)`), which is cheap
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from uhd_export.model.jbu import matrices
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.nano.cards import DIGITS, NAMES, TRAIN_SEED
@@ -82,38 +84,45 @@ def crop_tokens(
     if len(levels) > 1:
         stack = projector.upsampler.upsampler
         maps.update({s: m for s, m in pyramid(stack, features.detach(), pixels, geometry).items() if s > 1})
-        fixup = stack.fixup_proj[1]
-        maps[levels[-1]] = maps[levels[-1]] + FIXUP * F.linear(
-            maps[levels[-1]], fixup.weight.flatten(1), fixup.bias
-        )
+        weight, bias = matrices(stack.fixup_proj, 1)
+        maps[levels[-1]] = maps[levels[-1]] + FIXUP * F.linear(maps[levels[-1]], weight, bias)
     return window_tokens(projector, maps, geometry, levels)
+
+
+@dataclass(frozen=True)
+class VisionStage:
+    """One stage: scales of the pyramid, steps of `batch` crops, and how often a batch is of overviews."""
+
+    levels: tuple[int, ...]
+    steps: int
+    batch: int
+    rate: float
+    overview_every: int  # steps; 0: never
 
 
 def train_vision(
     tower: VisionTower,
     projector: HiwinProjector,
     head: nn.Linear,
+    stage: VisionStage,
     *,
-    levels: tuple[int, ...],
-    steps: int,
-    batch: int,
-    rate: float,
     seed: int,
-    overview_every: int,
     log: Callable[[str], None],
     save: Callable[[], None],
 ) -> None:
     """Train in place with AdamW, a linear warm-up and a cosine decay to a twentieth."""
+    steps, rate, levels = stage.steps, stage.rate, stage.levels
     rng = np.random.default_rng((TRAIN_SEED, seed))
     parameters = [p for m in (tower, projector, head) for p in m.parameters() if p is not projector.pos_embed]
     optimiser = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = min(100, steps // 5)
     geometries: dict[tuple[int, int], Geometry] = {}
-    start, average = time.monotonic(), {}
+    start = time.monotonic()
+    average: dict[str, float] = {}
     for step in range(1, steps + 1):
-        kind = "overview" if overview_every and step % overview_every == 0 else "packed"
-        pixels, labels = make_batch(rng, batch, kind)
-        geometry = geometries.setdefault(tuple(pixels.shape[2:]), geometry_of(pixels.shape))
+        kind = "overview" if stage.overview_every and step % stage.overview_every == 0 else "packed"
+        pixels, labels = make_batch(rng, stage.batch, kind)
+        geometry = geometries.setdefault((pixels.shape[2], pixels.shape[3]), geometry_of(pixels.shape))
         for group in optimiser.param_groups:
             progress = max(step - warmup, 0) / max(steps - warmup, 1)
             group["lr"] = rate * min(step / warmup, 0.05 + 0.95 * (1 + np.cos(np.pi * progress)) / 2)

@@ -68,6 +68,8 @@ def image_crops(seed: cards.Seed) -> list[LabelledCrop]:
     plan = plan_slices(image.size)
     pixels = cut(image, plan)
     labels = label_map(image_cards, image.size)
+    if plan.slice_grid is None:
+        raise ValueError(f"an image of {image.size} has no slices")
     columns, rows = plan.slice_grid
     out = []
     for i, crop in enumerate(pixels[:-1]):

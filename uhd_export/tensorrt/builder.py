@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from uhd_export.plugins.tensorrt.plugin import plugin_errors, register_plugins
+from uhd_export.plugins.tensorrt import plugin
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.engines.tensorrt.backend import (
     describe_backend,
@@ -48,9 +48,9 @@ def build_engine(
     options, graph, out = options or EngineOptions(), Path(graph), Path(out)
     trt = open_tensorrt(options.backend)
     targets = target_capabilities(trt, options)
-    plugins = register_plugins(trt, targets) if options.plugins else ()
+    plugins = plugin.register(trt, targets) if options.plugins else ()
     builder = trt.Builder(logger(trt))
-    with plugin_errors():
+    with plugin.errors():
         model = load_graph(graph, plugins)
         parsed = parse(trt, builder, model, graph, profiles, output_types=output_types)
         config = _configure(trt, builder, options, targets)

@@ -1,10 +1,8 @@
 """TensorRT and TensorRT-RTX as engines: loading with every mismatch explained, runs on device memory."""
 
 import functools
-import importlib
 import mmap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +21,7 @@ from uhd_export.runtime.engines.tensorrt.context import Context
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda, open_cuda
 from uhd_export.runtime.engines.tensorrt.jit import JitCache
 from uhd_export.runtime.engines.tensorrt.memory import Array, Buffer, DeviceArray, gather
+from uhd_export.runtime.engines.tensorrt.plugins import find_plugins, plugin_errors
 from uhd_export.runtime.engines.tensorrt.profiler import LayerTimes
 from uhd_export.runtime.engines.tensorrt.record import read_record
 from uhd_export.runtime.errors import UhdError
@@ -50,8 +49,9 @@ class TensorrtEngine(Engine):
         self._check_version()
         self.cuda = open_cuda()
         self._check_gpu()
-        if self.record.plugin_layers:
-            _plugins().register_plugins(self.trt)
+        self._plugins = find_plugins(self.path) if self.record.plugin_layers else []
+        for plugins in self._plugins:
+            plugins.register(self.trt)
         self.inputs = {name: tensor.info for name, tensor in self.record.inputs.items()}
         self.outputs = {name: tensor.info for name, tensor in self.record.outputs.items()}
         self._runtime = self.trt.Runtime(logger(self.trt))
@@ -76,13 +76,13 @@ class TensorrtEngine(Engine):
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, np.ndarray]:
         """See `Engine.infer`. Feeds may be device arrays too."""
         check_feeds(feeds, self.inputs, {})
-        with self._plugin_errors():
+        with plugin_errors(self._plugins):
             return self._fetch(self._alone().run(feeds))
 
     def infer_resident(self, feeds: Mapping[str, Array]) -> dict[str, DeviceArray]:
         """As `infer`, but the outputs are arrays of their own on the device."""
         check_feeds(feeds, self.inputs, {})
-        with self._plugin_errors():
+        with plugin_errors(self._plugins):
             outputs = self._alone().run(feeds, own=True)
         inplace = self.record.aliases
         return {name: self._copy(array) if name in inplace else array for name, array in outputs.items()}
@@ -177,7 +177,7 @@ class TensorrtEngine(Engine):
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
             memoryview(content) as view,
             messages(self.trt) as said,
-            self._plugin_errors(),
+            plugin_errors(self._plugins),
         ):
             reason = _diagnose(self.trt, self._runtime, view)
             engine = None if reason else self._runtime.deserialize_cuda_engine(view)
@@ -185,10 +185,6 @@ class TensorrtEngine(Engine):
             reason = reason or said.reason
             raise UhdError(f"engine {self.path}: TensorRT cannot load it ({reason}); build the bundle again")
         return engine
-
-    def _plugin_errors(self) -> AbstractContextManager:
-        """Raises in the block what a plugin found wrong, in place of what TensorRT makes of it."""
-        return _plugins().plugin_errors() if self.record.plugin_layers else nullcontext()
 
     def _weights(self) -> int:
         """The engine's own figure, or what was recorded where this TensorRT gives none."""
@@ -240,8 +236,3 @@ def _diagnose(trt: ModuleType, runtime: Any, content: memoryview) -> str:
     reasons = trt.EngineInvalidityDiagnostics.__members__.items()
     named = [name.lower().replace("_", " ") for name, value in reasons if flags & int(value)]
     return ", ".join(named) or "not valid on this system"
-
-
-def _plugins() -> ModuleType:
-    """The custom operators, which only engines that call them need."""
-    return importlib.import_module("uhd_export.plugins.tensorrt.plugin")

@@ -146,7 +146,7 @@ def test_a_linear_format_sees_every_layer_and_no_tensor_is_read_early(tmp_path):
         tmp_path / "l.onnx",
         linear=Doubling(),
         dialect="tensorrt",
-        on_tensor=lambda done, total: progress.append((done, total)),
+        progress=lambda done, total: progress.append((done, total)),
     )
     parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     names = [f"model.layers.{i}.{part}" for i in range(2) for part in parts] + ["lm_head"]

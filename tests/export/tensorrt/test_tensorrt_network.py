@@ -13,7 +13,7 @@ from uhd_export.graph.language import emit_language
 from uhd_export.graph.vision import emit_vision
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.plugins.jbu import torch_op as jbu
-from uhd_export.plugins.tensorrt.plugin import register_plugins
+from uhd_export.plugins.tensorrt.plugin import register
 from uhd_export.plugins.window_attention import torch_op as window
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
@@ -42,7 +42,7 @@ def test_vision(golden_model, golden_checkpoint, tmp_path, fold, plugins):
     checkpoint = Checkpoint(golden_checkpoint)
     emit_vision(config, checkpoint, tmp_path / "vision.onnx", fold=fold)
     checkpoint.close()
-    operators = register_plugins(trt, ("8.9",)) if plugins else ()
+    operators = register(trt, ("8.9",)) if plugins else ()
     network = parsed(tmp_path / "vision.onnx", vision_profiles(config), operators)
     assert len(network.plugin_layers()) == (2 if plugins else 0)
     interpreter = Interpreter(trt, network.network, plugins=PLUGINS)

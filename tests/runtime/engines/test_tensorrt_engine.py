@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
 from uhd_export.runtime.engines.tensorrt import cuda as tensorrt_cuda
 from uhd_export.runtime.engines.tensorrt import engine as tensorrt_engine
 from uhd_export.runtime.engines.tensorrt import memory as tensorrt_memory
+from uhd_export.runtime.engines.tensorrt import plugins as tensorrt_plugins
 from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
 from uhd_export.runtime.engines.tensorrt.memory import DeviceArray
 from uhd_export.runtime.engines.tensorrt.record import plan_memory
@@ -321,6 +324,33 @@ def test_memory_is_planned_without_a_gpu(language, vision):
     assert plan.state == 0
     pixels, tokens = 10 * 3 * 420 * 420 * 4, 10 * 144 * 256 * 4
     assert pixels + tokens < plan.transfers["24x24"] < 1.1 * (pixels + tokens)
+
+
+def test_an_engine_with_custom_operators_registers_their_plugins(machine, vision, monkeypatch):
+    calls = []
+
+    class Plugins:
+        def register(self, trt):
+            calls.append(trt)
+            return ("JBU",)
+
+        @contextmanager
+        def errors(self):
+            yield
+            raise UhdError("operator JBU: wrong")
+
+    monkeypatch.setattr(tensorrt_plugins, "entry_points", lambda *, group: ())
+    graph, record = vision
+    needy = replace(record, plugin_layers=("jbu/JBU_3",))
+    with pytest.raises(UhdError, match="calls custom operators, and nothing installed offers plugins"):
+        machine(graph, needy)
+    engine, _, _ = machine(graph, record)  # without plugin layers, none are looked for
+    engine.close()
+    entry = SimpleNamespace(load=Plugins)
+    monkeypatch.setattr(tensorrt_plugins, "entry_points", lambda *, group: (entry,))
+    with pytest.raises(UhdError, match=r"^operator JBU: wrong$"):
+        machine(graph, needy)
+    assert len(calls) == 1
 
 
 def test_the_device_needs_neither_torch_nor_triton():
