@@ -270,10 +270,10 @@ def test_bad_embedding_tables_are_refused(tmp_path, array):
 def test_runtime_needs_neither_torch_nor_transformers(golden_bundle):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "import numpy as np; from runtime import Pipeline\n"
+        "import numpy as np; from uhd_export.runtime import Pipeline\n"
         f"pipeline = Pipeline.open({str(golden_bundle)!r})\n"
         "image = np.zeros((120, 500, 3), np.uint8)\n"
         "print(len(list(pipeline.generate(image, 'A', max_new_tokens=2))) >= 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
