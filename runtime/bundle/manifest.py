@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.config import ModelConfig
@@ -201,7 +201,8 @@ def _validate(manifest: Manifest, path: Path) -> None:
             f"{path}.settings.context: {settings.context} is over the model's {model.language.context}"
         )
     for name in manifest.files:
-        if Path(name).name != name or name.startswith("."):
+        # As Windows reads it, so that separators of both kinds and drives are refused everywhere.
+        if not name or PureWindowsPath(name).name != name or name.startswith("."):
             raise UhdError(f"{path}.files: {name!r} is not a plain file name")
     for name in (EMBEDDINGS, TOKENIZER):
         if name not in manifest.files:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -111,8 +112,8 @@ def test_altered_manifest_is_refused(bundle):
         (lambda r: r["settings"].update(resize=0), r"settings\.resize: 0 must be above zero"),
         (lambda r: r["precision"].update(language="int2"), r"precision\.language: 'int2' is not supported"),
         (lambda r: r.update(backend="abacus"), r"backend: 'abacus' is not supported"),
-        (lambda r: r["files"].update({"../a": {"bytes": 1, "sha256": ""}}), "not a plain file name"),
         (lambda r: r["files"].pop("embeddings.npy"), "embeddings.npy is missing"),
+        (lambda r: r["files"].pop("tokenizer.json"), "tokenizer.json is missing"),
     ],
 )
 def test_bad_manifest_is_refused(bundle, change, message):
@@ -120,6 +121,21 @@ def test_bad_manifest_is_refused(bundle, change, message):
     with pytest.raises(UhdError, match=message) as error:
         read_manifest(bundle)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/a", "../a", "a/../b", "a/b", "a/", "./a", ".a", "..", "a\\b", "..\\a", "C:a", ""],
+)
+def test_a_file_name_that_leaves_the_folder_is_refused(bundle, name):
+    edit(bundle, lambda record: record["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(UhdError, match=f"files: {re.escape(repr(name))} is not a plain file name"):
+        read_manifest(bundle)
+
+
+def test_a_file_name_with_dots_inside_is_plain(bundle):
+    edit(bundle, lambda record: record["files"].update({"a..b.onnx": {"bytes": 1, "sha256": ""}}))
+    assert "a..b.onnx" in read_manifest(bundle).files
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema_version": "1"}'])

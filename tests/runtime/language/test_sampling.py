@@ -1,5 +1,7 @@
 """Sampling: what is kept, in which proportions, and repeatably."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,6 +72,39 @@ def test_greedy_needs_no_randomness(logits):
     assert probabilities(logits, Sampling())[greedy(logits)] == 1
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.25, [0]),
+        (0.5, [0, 1]),
+        (0.75, [0, 1, 2]),
+        (np.nextafter(0.5, 0), [0, 1]),
+        (np.nextafter(0.5, 1), [0, 1, 2]),
+    ],
+)
+def test_the_token_that_reaches_top_p_exactly_is_the_last(top_p, kept):
+    """Four equal tokens: their sums are exact, so a share of a half is reached by two, not three."""
+    p = probabilities(np.zeros(4, np.float32), Sampling(1.0, top_p=float(top_p)))
+    assert np.flatnonzero(p).tolist() == kept
+    assert p[kept].tolist() == [1 / len(kept)] * len(kept)
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    logits = np.array([0, 0, 0, 0, -1e4, -1e4], np.float32)
+    assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_k=2, top_p=0.5))).tolist() == [0]
+    assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_k=2, top_p=0.51))).tolist() == [0, 1]
+
+
+def test_a_draw_on_the_border_of_two_tokens_is_the_second():
+    """Tokens own [0, 1/4), [1/4, 1/2), ...: a draw of exactly 1/4 is no longer the first."""
+
+    def drawn(number):
+        return sample(np.zeros(4, np.float32), Sampling(1.0), SimpleNamespace(random=lambda: number))
+
+    assert [drawn(number) for number in (0.0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
+    assert drawn(np.nextafter(0.25, 0)) == 0
+
+
 def test_frequencies_follow_the_probabilities():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     sampling = Sampling(1.0, top_k=3, seed=0)
@@ -97,6 +132,7 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("top_p", float("nan")),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),

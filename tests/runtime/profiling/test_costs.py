@@ -1,3 +1,6 @@
+import math
+from collections import Counter
+
 import pytest
 import torch
 from golden import recipe
@@ -5,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.goldens import golden_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from uhd_export.model.folding import fold, folded_tokens
@@ -12,11 +16,12 @@ from uhd_export.model.language import LanguageModel
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import VisionTower
 from uhd_export.runtime.config import OFFICIAL, LanguageConfig, ProjectorConfig, VisionConfig, official
-from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.image.geometry import bin_grid, crop_geometry
 from uhd_export.runtime.image.slicing import plan_slices
 from uhd_export.runtime.profiling import costs as flops
 from uhd_export.runtime.profiling.costs import kv_cache_bytes, language_bytes, stage_costs, total
 
+aten = torch.ops.aten
 GRIDS = plan_slices((1008, 672)).patch_grids
 MASKS = {"mask7(1x,2x,4x)": (1, 2, 4), "mask5(1x,4x)": (1, 4), "mask3(1x,2x)": (1, 2)}
 PROJECTOR_NAMES = {
@@ -104,17 +109,54 @@ def filled(module, prefix):
     return module.requires_grad_(False)
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run, by (batch, rows, inner, columns) or (rows, inner, columns)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            left, right = arguments[-2:]
+            self.seen[*left.shape, right.shape[-1]] += 1
+        return function(*arguments, **(named or {}))
+
+
 @pytest.mark.parametrize("grid", [(24, 24), (9, 31)])
 @pytest.mark.parametrize("levels", [(1,), (1, 2), (1, 4), (1, 2, 4)])
-def test_folded_projector_equals_what_torch_executes(grid, levels):
-    c, d, crops = 64, 256, 3
-    folded = fold(filled(HiwinProjector(ProjectorConfig("hiwin", d, c, levels, 12)), "model.mm_projector."))
+def test_every_part_of_the_folded_projector_is_what_torch_executes(grid, levels):
+    c, d, n, heads, sets, windows = 64, 256, 3, 2, 4, 144
+    config = ProjectorConfig("hiwin", d, c, levels, 12)
+    folded = fold(filled(HiwinProjector(config), "model.mm_projector."))
     geometry = {k: torch.from_numpy(v) for k, v in crop_geometry(*grid, levels=(1, 2, 4)).items()}
-    maps = {s: torch.randn(crops, s * grid[0], s * grid[1], c) for s in levels}
-    executed = counted_by_torch(folded_tokens, folded, maps, geometry)
-    parts = flops.projector([grid] * crops, ProjectorConfig("hiwin", d, c, levels, 12), folded=True)
-    # The reference also pools and mixes the scale and the mass of each row: two more channels of 64.
-    assert total(parts).flops <= executed <= 1.05 * total(parts).flops
+    maps = {s: torch.randn(n, s * grid[0], s * grid[1], c) for s in levels}
+    with torch.no_grad(), Products() as products:
+        folded_tokens(folded, maps, geometry)
+    expected = {
+        "norm": [], "pooling": [], "position": [], "scores": [], "mixing": [],
+        "value": [(heads, windows * n * sets, c, 128)] * len(levels),
+        "out": [(windows * n * sets, d, d)],
+        "cat": [(windows * n, sets * d, d)],
+        "proj": [(windows * n, d, d)],
+    }  # fmt: skip
+    for scale in levels:
+        (rows, cols), (y, x) = (scale * side for side in grid), bin_grid(*grid, scale, "selective")
+        queries = heads * sets
+        expected["norm"] += [(n * rows * cols, c, c + 1)]
+        expected["pooling"] += [(1, 12 * y, rows, cols * n * c), (1, 12 * y * n * c, cols, 12 * x)]
+        expected["position"] += [(windows, y * x, windows, queries)]
+        expected["scores"] += [(windows, n * y * x, c, queries)]
+        expected["mixing"] += [(windows * n, queries, y * x, c)]
+    parts = flops.projector([grid] * n, config, folded=True)
+    assert {name: part.flops for name, part in parts.items()} == {
+        name: sum(2 * math.prod(shape) for shape in shapes) for name, shapes in expected.items()
+    }
+    ours = Counter(shape for shapes in expected.values() for shape in shapes)
+    assert not ours - products.seen
+    # What is left: pooling and mixing the scale and the mass of each row, two more channels beside C.
+    left = sum(2 * math.prod(shape) * count for shape, count in (products.seen - ours).items())
+    assert left < 0.05 * total(parts).flops
 
 
 def test_exported_vision_tower_equals_what_torch_executes():
