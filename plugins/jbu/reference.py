@@ -20,7 +20,7 @@ def stage_kernels(
     """The 49 weights of every output pixel, (B, H, W, 49), taps row by row.
 
     `guidance` is (B, H, W, 3); the weight pairs are (out, in) matrices and biases of the 1x1
-    convolutions. Source: `JBULearnedRange` of FeatUp as released (SEMANTICS: JBU pyramid).
+    convolutions. Source: `JBULearnedRange` of FeatUp as released (docs/model.md: JBU pyramid).
     """
     features = F.linear(F.gelu(F.linear(guidance, *range_in)), *range_out)
     padded = F.pad(features.permute(0, 3, 1, 2), [RADIUS] * 4, mode="reflect")

@@ -79,7 +79,7 @@ class JbuStack(nn.Module):
     def forward(
         self, source: torch.Tensor, image: torch.Tensor, geometry: Geometry
     ) -> dict[int, torch.Tensor]:
-        """Every scale's map by scale, 1 included (SEMANTICS: JBU pyramid)."""
+        """Every scale's map by scale, 1 included (docs/model.md: JBU pyramid)."""
         maps = self.raw(source, image, geometry)
         last = self.scales[-1]
         weight, bias = matrices(self.fixup_proj, 1)

@@ -79,7 +79,7 @@ class Upsampler(nn.Module):
 
 
 class HiwinProjector(_Resampler):
-    """Hierarchical window attention over the JBU pyramid (paper section 3.3; SEMANTICS)."""
+    """Hierarchical window attention over the JBU pyramid (paper section 3.3; docs/model.md)."""
 
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__(config)

@@ -91,7 +91,7 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """`hidden_states[-2]` without the class token, of equal crops (SEMANTICS: Vision tower)."""
+    """`hidden_states[-2]` without the class token, of equal crops (docs/model.md: Vision tower)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
