@@ -1,5 +1,6 @@
 # make test    every test          make demo    build, check, ask and profile the embedded model
 # make lint    style               make clean   remove what these made (not .venv)
+# make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
 PYTHON ?= python3
@@ -11,13 +12,15 @@ READY := $(VENV)/.ready
 UHD := $(BIN)/uhd-export
 BUNDLE := demo/nano
 IMAGE := examples/cards-1.png
+# The wheel of the extra [cuda], and the headers of its CUDA.
+GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test demo lint clean
+.PHONY: help test test-gpu demo lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 3
+	@sed -n 's/^# //p' Makefile | head -n 4
 
 $(READY): pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
@@ -31,6 +34,22 @@ $(READY): pyproject.toml
 test: $(READY)
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=15 --durations-min=1
+
+# The GPU wheel writes over the CPU's in one environment: it has one of its own, which finds the rest in .venv.
+GPU_VENV := .venv-gpu
+GPU_READY := $(GPU_VENV)/.ready
+
+$(GPU_READY): $(READY)
+	@echo "==> virtual environment in $(GPU_VENV), with onnxruntime-gpu"
+	@test -x $(GPU_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(GPU_VENV)
+	@$(PIP) --python $(GPU_VENV)/bin/python install --no-deps $(GPU_WHEELS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	@touch $@
+
+test-gpu: $(GPU_READY)
+	@echo "==> tests of the CUDA provider, on a CUDA that computes nothing"
+	@$(GPU_VENV)/bin/python -m pytest tests/gpu -q --durations=5 --durations-min=1
 
 lint: $(READY)
 	@echo "==> ruff"

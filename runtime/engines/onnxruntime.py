@@ -2,16 +2,19 @@
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from uhd_export.runtime.engines.base import Binding, Engine, TensorInfo, check_feeds
-from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.engines.device import Device, parse_device
+from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
+from uhd_export.runtime.errors import UhdError, explain
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CPU_PROVIDER = "CPUExecutionProvider"
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -29,6 +32,7 @@ class OrtEngine(Engine):
 
     `arena` keeps freed CPU memory for the next call, which is faster where shapes repeat; without it peak
     memory follows what the graph needs. `profile` is a path prefix: `end_profile` returns the trace's path.
+    `tf32` lets float32 products on a GPU round to TF32.
     """
 
     def __init__(
@@ -38,39 +42,43 @@ class OrtEngine(Engine):
         device: str = "cpu",
         threads: int | None = None,
         arena: bool = True,
+        tf32: bool = False,
         profile: str | Path | None = None,
     ) -> None:
-        if device not in _PROVIDERS:
-            raise UhdError(f"device {device!r}: unknown; use one of {', '.join(_PROVIDERS)}")
-        if _PROVIDERS[device] not in ort.get_available_providers():
-            raise UhdError(
-                f"device {device}: this ONNX Runtime has no {_PROVIDERS[device]}; pip install onnxruntime-gpu"
-            )
+        self.device = parse_device(device)
+        missing = prepare_cuda(ort) if self.device.kind == "cuda" else ""
         if not Path(path).is_file():
             raise UhdError(f"engine {path}: no such file")
-        self.path, self.device = Path(path), device
+        self.path = Path(path)
         options = ort.SessionOptions()
         options.enable_cpu_mem_arena = arena
         # Else the second run with some shapes takes one block for all that the first held at a time, which is
         # larger than what the arena has, and is kept for every shape: half as much memory again, no faster.
         options.enable_mem_pattern = False
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and told once
         # Graphs for other backends hold DequantizeLinear: no rounding of activations where it is fused.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        # The CPU runs whatever the device's provider does not, such as shape arithmetic.
-        providers = dict.fromkeys([_PROVIDERS[device], _PROVIDERS["cpu"]])
+        ort.set_default_logger_severity(4)
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self.session = ort.InferenceSession(
+                str(path), options, providers=_providers(self.device, tf32), enable_fallback=False
+            )
         except Exception as error:  # the binding's exceptions have no common base but this
-            reason = str(error).splitlines()[0]
-            raise UhdError(f"engine {path}: ONNX Runtime cannot load it ({reason}); build it again") from None
-        if device != "cpu" and _PROVIDERS[device] not in self.session.get_providers():
+            if "device_id" in str(error):
+                raise UhdError(f"device {device}: there is no such GPU; see nvidia-smi -L") from None
             raise UhdError(
-                f"device {device}: ONNX Runtime cannot use it; check the driver and CUDA libraries"
+                f"engine {path}: ONNX Runtime cannot load it ({_reason(error)}); build it again"
+            ) from None
+        finally:
+            ort.set_default_logger_severity(2)  # as it is by default
+        if self.device.kind == "cuda" and CUDA_PROVIDER not in self.session.get_providers():
+            raise UhdError(
+                f"device {device}: ONNX Runtime cannot use it{f' ({missing})' if missing else ''}; check the "
+                f"driver, and {INSTALL_GPU}"
             )
         self.inputs = {i.name: _describe(i) for i in self.session.get_inputs()}
         self.outputs = {o.name: _describe(o) for o in self.session.get_outputs()}
@@ -80,12 +88,27 @@ class OrtEngine(Engine):
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Engine.infer`."""
         check_feeds(feeds, self.inputs, {})
-        results = self.session.run(None, dict(feeds))
+        with self.errors():
+            results = self.session.run(None, dict(feeds))
         return dict(zip(self.outputs, results, strict=True))
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
         return OrtBinding(self, shared, sizes)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What ONNX Runtime raises in a run becomes a UhdError, memory that ran out aside (see `explain`)."""
+        try:
+            yield
+        except Exception as error:
+            ours = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+            if not ours or explain(error) is not None:
+                raise
+            raise UhdError(
+                f"engine {self.path}: ONNX Runtime cannot run it on {self.device} ({_reason(error)}); "
+                "build the bundle again, or use another --device"
+            ) from error
 
     def end_profile(self) -> Path:
         """Stop profiling; the path of the JSON trace (Chrome trace events, microseconds)."""
@@ -104,7 +127,9 @@ class OrtBinding(Binding):
         self._engine, self._shared = engine, dict(shared)
         self._binding = engine.session.io_binding()
         self._buffers: dict[str, ort.OrtValue] = {}
+        self._unproven = engine.device.kind == "cuda" and bool(shared)
         self.nbytes = 0
+        _check_placement(engine, shared)
         for past, present in shared.items():
             info = engine.inputs[past]
             shape = info.resolve(sizes)
@@ -132,7 +157,10 @@ class OrtBinding(Binding):
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name in self._free:  # anew each time, since the shape may change
             self._binding.bind_output(name, "cpu")
-        self._engine.session.run_with_iobinding(self._binding)
+        with self._engine.errors():
+            self._engine.session.run_with_iobinding(self._binding)
+        if self._unproven:
+            self._check_update()
         results = dict(self._results)
         if self._free:  # bound last, so they are the last outputs
             values = self._binding.get_outputs()[-len(self._free) :]
@@ -144,16 +172,69 @@ class OrtBinding(Binding):
         """See `Binding.read`."""
         return self._buffers[name].numpy().copy()
 
+    def _check_update(self) -> None:
+        """After the first run: a buffer that is zero still was not updated in place. Raises UhdError."""
+        name = next(reversed(self._buffers))
+        if not self._buffers[name].numpy().any():
+            raise UhdError(
+                f"engine {self._engine.path}: {name} is not updated in place on {self._engine.device}; "
+                "this ONNX Runtime cannot run it: use another version, or --device cpu"
+            )
+        self._unproven = False
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: str) -> ort.OrtValue:
+
+def _providers(device: Device, tf32: bool) -> list[str | tuple[str, dict[str, str]]]:
+    """The providers of a session; the CPU runs what the device's does not, such as shape arithmetic."""
+    if device.kind == "cpu":
+        return [_CPU_PROVIDER]
+    options = {
+        "device_id": str(device.index),
+        # By default products of float32 are rounded to TF32: an error of 1e-3, which nobody asked for.
+        "use_tf32": str(int(tf32)),
+        # By default the arena doubles each time it grows, and takes up to twice what is needed.
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cudnn": "0",
+    }
+    return [(CUDA_PROVIDER, options), _CPU_PROVIDER]
+
+
+def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
+    """Refuse to share buffers that the session reads or writes elsewhere than on the engine's device.
+
+    ONNX Runtime would copy such an input once, when it is bound, and update the copy: every run but the first
+    would start from what it held then, without an error.
+    """
+    session, device = engine.session, engine.device
+    if device.kind == "cpu":
+        return
+    places = dict(zip((i.name for i in session.get_inputs()), session.get_input_memory_infos(), strict=True))
+    places |= zip((o.name for o in session.get_outputs()), session.get_output_memory_infos(), strict=True)
+    for name in (name for pair in shared.items() for name in pair):
+        place = places[name]
+        if place.name.lower() == device.kind and place.device_id == device.index:
+            continue
+        info = (engine.inputs | engine.outputs)[name]
+        remedy = "use --device cpu"
+        if info.dtype == np.float32:
+            remedy = "build the bundle with --dtype float16, or use --device cpu"
+        raise UhdError(
+            f"device {device}: ONNX Runtime has no kernel that updates {name} in {info.dtype} there; {remedy}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Device) -> ort.OrtValue:
     """A buffer of zeros on `device`."""
-    if device == "cpu":
+    if device.kind == "cpu":
         # Memory from the system is zero, and there only from the first write on, page by page: a cache costs
         # what has been used of it. Not so `np.zeros`, which asks for huge pages, each as long as a head's
         # 4096 positions. The value borrows the array's memory and keeps the array, as that does the mapping.
         pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
         return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(pages, dtype).reshape(shape))
-    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device)
+    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
     buffer.update_inplace(np.zeros(shape, dtype))
     return buffer
 

@@ -11,25 +11,33 @@ def emit_vit(
     b: GraphBuilder, config: VisionConfig, weights: Weights, pixels: ir.Value, geometry: dict[str, ir.Value]
 ) -> ir.Value:
     """(B, 3, 14h, 14w) pixels to (B, h, w, C) features of the last layer but one."""
-    batch = b.dim(pixels, 0)
-    x = b.op("Add", _patches(b, config, weights, pixels, batch), _positions(b, config, weights, geometry))
+    batch, rows, cols = b.dim(pixels, 0), b.dim(geometry["position_y"], 0), b.dim(geometry["position_x"], 0)
+    patches = _patches(b, config, weights, pixels, (batch, rows, cols))
+    x = b.op("Add", patches, _positions(b, config, weights, geometry))
     x = weights.layer_norm(x, "pre_layrnorm", config.eps)
     for i in range(config.layers):
         with b.scope(f"layer{i}"):
             x = _layer(b, config, weights, x, f"encoder.layers.{i}")
     x = b.op("Slice", x, b.constant([1]), b.constant([2**31 - 1]), b.constant([1]))
-    rows, cols = b.dim(geometry["position_y"], 0), b.dim(geometry["position_x"], 0)
     return b.op("Reshape", x, b.concat_shape(batch, rows, cols, config.hidden))
 
 
 def _patches(
-    b: GraphBuilder, config: VisionConfig, weights: Weights, pixels: ir.Value, batch: ir.Value
+    b: GraphBuilder,
+    config: VisionConfig,
+    weights: Weights,
+    pixels: ir.Value,
+    shape: tuple[ir.Value, ir.Value, ir.Value],
 ) -> ir.Value:
-    """Class token and patches, (B, 1 + h*w, C)."""
-    kernel = weights.plain("embeddings.patch_embedding.weight")
-    patch = [config.patch, config.patch]
-    x = b.op("Conv", pixels, kernel, strides=patch, kernel_shape=patch)
-    x = b.op("Transpose", b.op("Reshape", x, b.constant([0, 0, -1])), perm=[0, 2, 1])
+    """Class token and patches, (B, 1 + h*w, C), where `shape` is (B, h, w).
+
+    A convolution whose stride is its kernel is a product over patches; as one it needs no cuDNN.
+    """
+    batch, rows, cols = shape
+    x = b.op("Reshape", pixels, b.concat_shape(batch, 3, rows, config.patch, cols, config.patch))
+    x = b.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
+    x = b.op("Reshape", x, b.concat_shape(batch, b.op("Mul", rows, cols), 3 * config.patch**2))
+    x = b.op("MatMul", x, weights.linear("embeddings.patch_embedding"))
     cls = b.op("Expand", weights.plain("embeddings.class_embedding"), b.concat_shape(batch, 1, config.hidden))
     return b.op("Concat", cls, x, axis=1)
 

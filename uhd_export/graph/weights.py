@@ -1,5 +1,6 @@
 """Weights of a graph by checkpoint name: read, transposed and converted only when written."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,9 +22,9 @@ class Weights:
         return self._add(name, self.checkpoint.shape(self.prefix + name), lambda t: t, [name], dtype)
 
     def linear(self, *names: str) -> ir.Value:
-        """The (in, out) matrix of a Linear or 1x1 convolution; several are laid side by side."""
+        """The (in, out) matrix of a Linear, or of a convolution as one; several are laid side by side."""
         shapes = [self.checkpoint.shape(f"{self.prefix}{name}.weight") for name in names]
-        shape = (shapes[0][1], sum(s[0] for s in shapes))
+        shape = (math.prod(shapes[0][1:]), sum(s[0] for s in shapes))
         parts = [f"{name}.weight" for name in names]
         return self._add("+".join(names) + ".weight_t", shape, lambda t: t.flatten(1).T, parts, axis=1)
 

@@ -11,6 +11,7 @@ import pytest
 
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.wheels import both_wheels
 from uhd_export.runtime.errors import UhdError
 
 
@@ -108,11 +109,13 @@ def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch)
         open_engine(accumulator, "tflite")
     with pytest.raises(UhdError, match=r"^engine .*missing.onnx: no such file$"):
         open_engine(tmp_path / "missing.onnx")
-    with pytest.raises(UhdError, match=r"^device 'tpu': unknown; use one of cpu, cuda"):
+    with pytest.raises(UhdError, match=r"^device 'tpu': unknown; use cpu, cuda, or cuda:1"):
         open_engine(accumulator, device="tpu")
+    with pytest.raises(UhdError, match=r"^device 'cpu:1': unknown"):
+        open_engine(accumulator, device="cpu:1")
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(
-        UhdError, match=r"^device cuda: .* no CUDAExecutionProvider; pip install onnxruntime-gpu$"
+        UhdError, match=r"^device cuda: .* on the CPU only; .*pip install 'uhd-export\[cuda\]'$"
     ):
         open_engine(accumulator, device="cuda")
     accumulator.write_bytes(b"not a model")
@@ -120,6 +123,31 @@ def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch)
         UhdError, match=r"^engine .*accumulator.onnx: ONNX Runtime cannot load it .*build it again$"
     ):
         open_engine(accumulator)
+
+
+def test_what_fails_in_a_run_is_one_line_too(accumulator):
+    with open_engine(accumulator) as engine:
+        x = np.zeros((3, 2), np.float32)
+        with pytest.raises(
+            UhdError, match=r"accumulator\.onnx: ONNX Runtime cannot run it on cpu \(.*--device$"
+        ):
+            engine.infer({"x": x, "past": np.zeros((2, 2), np.float32)})
+        with pytest.raises(UhdError, match="cannot run it on cpu"):
+            engine.bind({"past": "total"}, {"size": 2}).infer({"x": x})
+
+
+def test_two_wheels_in_one_folder_are_named(accumulator, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    for place, names in {"both": ("onnxruntime", "onnxruntime_gpu"), "apart": ("onnxruntime_gpu",)}.items():
+        for name in names:
+            info = tmp_path / place / f"{name}-1.31.1.dist-info"
+            info.mkdir(parents=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+    monkeypatch.syspath_prepend(tmp_path / "apart")
+    assert both_wheels() is None
+    monkeypatch.syspath_prepend(tmp_path / "both")
+    with pytest.raises(UhdError, match=r"^device cuda: .*both installed .* pip uninstall -y .*\[cuda\]"):
+        open_engine(accumulator, device="cuda:1")
 
 
 def test_a_backend_that_is_not_installed_says_what_to_install(accumulator, monkeypatch):
