@@ -24,6 +24,7 @@ from uhd_export.calibration.work import Work, differing
 from uhd_export.calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
 from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
 from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.files import weight_paths
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, gptq_config
 from uhd_export.checkpoint.int4.linears import largest_group, linear_shapes
 from uhd_export.checkpoint.int4.weight import check_group
@@ -200,10 +201,7 @@ def _identity(
     folder: Path, config: CheckpointConfig, settings: dict, pairs: list[Pair], version: str
 ) -> dict[str, str]:
     """Digests of what decides the result, to know it again by; the keys are shown to the user."""
-    weights = {
-        path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.glob("*.safetensors"))
-    }
+    weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weight_paths(folder)}
     parts = {
         "version": _WORK_VERSION,
         "checkpoint": [str(folder.resolve()), weights, repr(config)],

@@ -66,7 +66,7 @@ def write_checkpoint(
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
             tensors = {}
             for tensor in names:
-                tensors[tensor] = checkpoint.tensor(tensor).contiguous()
+                tensors[tensor] = checkpoint.stored(tensor).contiguous()
                 where[tensor] = name
                 total += tensors[tensor].nbytes
                 on_tensor()
@@ -79,7 +79,7 @@ def write_checkpoint(
 
 def bytes_beside_layers(checkpoint: Checkpoint, language: LanguageConfig) -> int:
     """How much `write_checkpoint` writes: finished layers are on the disk already."""
-    return sum(checkpoint.tensor(name).nbytes for name in _unquantized(checkpoint, language))
+    return sum(checkpoint.stored(name).nbytes for name in _unquantized(checkpoint, language))
 
 
 def _unquantized(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:
@@ -91,7 +91,7 @@ def _split(checkpoint: Checkpoint, names: list[str]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name in names:
-        tensor = checkpoint.tensor(name)
+        tensor = checkpoint.stored(name)
         if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0

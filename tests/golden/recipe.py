@@ -65,9 +65,20 @@ def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint, in bfloat16."""
-    shapes = json.loads((HERE / "checkpoint.json").read_text())["shapes"]
+def photo(width: int, height: int, seed: int) -> np.ndarray:
+    """A uint8 RGB image as a photograph is: gradients, coarse edges and grain."""
+    base = image(width, height, seed).astype(np.int64)
+    generator = np.random.RandomState(seed)
+    coarse = generator.randint(0, 256, (max(height // 40, 2), max(width // 40, 2), 3))
+    rows, cols = np.arange(height) // 40, np.arange(width) // 40
+    edges = coarse[np.minimum(rows, len(coarse) - 1)][:, np.minimum(cols, coarse.shape[1] - 1)]
+    grain = generator.randint(-20, 21, (height, width, 3))
+    return np.clip((base + 2 * edges) // 3 + grain, 0, 255).astype(np.uint8)
+
+
+def tensors(name: str = "checkpoint") -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint whose shapes are in NAME.json, in bfloat16."""
+    shapes = json.loads((HERE / f"{name}.json").read_text())["shapes"]
     return {n: torch.from_numpy(weight(n, tuple(s))).to(torch.bfloat16) for n, s in shapes.items()}
 
 
@@ -80,12 +91,17 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return out.hexdigest()
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """The checkpoint with its config, and its CLIP's config under `clip`, in `folder`."""
+# What each checkpoint is made of: shapes, its config and its CLIP's.
+_CHECKPOINTS = {"v2_mask7": ("checkpoint", "clip"), "v1q64": ("v1q64", "clip_v1q64")}
+
+
+def write_checkpoint(folder: Path, config: str = "v2_mask7") -> Path:
+    """The checkpoint of configs/CONFIG.json, and its CLIP's config under `clip`, in `folder`."""
+    shapes, tower = _CHECKPOINTS[config]
     (folder / "clip").mkdir(parents=True)
-    save_file(tensors(), folder / "model.safetensors")
-    shutil.copy(HERE / "configs" / "v2_mask7.json", folder / "config.json")
-    shutil.copy(HERE / "configs" / "clip.json", folder / "clip" / "config.json")
+    save_file(tensors(shapes), folder / "model.safetensors")
+    shutil.copy(HERE / "configs" / f"{config}.json", folder / "config.json")
+    shutil.copy(HERE / "configs" / f"{tower}.json", folder / "clip" / "config.json")
     return folder
 
 

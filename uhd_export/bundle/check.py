@@ -5,6 +5,7 @@ from pathlib import Path
 
 from uhd_export.bundle.parity import measure_parity
 from uhd_export.checkpoint.config import CheckpointConfig
+from uhd_export.checkpoint.files import weight_sizes
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.graph.int4.view import as_stored
@@ -107,11 +108,8 @@ def _recorded(source: Source) -> Path | None:
 
 def _refuse_other(folder: Path, source: Source) -> None:
     """Raise UhdError where `folder` is not the checkpoint that the bundle was built from."""
-    weights = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    if weights != source.weights:
-        raise UhdError(
-            f"checkpoint {folder}: its safetensors files differ from those the bundle was built from"
-        )
+    if weight_sizes(folder) != source.weights:
+        raise UhdError(f"checkpoint {folder}: its weights differ from those the bundle was built from")
     config = folder / "config.json" if source.config is None else Path(source.config)
     if config.is_file() and hash_file(config) != source.config_sha256:
         raise UhdError(f"checkpoint {folder}: {config.name} differs from the one the bundle was built with")

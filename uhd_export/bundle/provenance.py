@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
+from uhd_export.checkpoint.files import weight_sizes
 from uhd_export.checkpoint.source import NANO
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.bundle.manifest import Source
@@ -24,7 +25,7 @@ def describe_source(
     return Source(
         id=_lasting(source),
         config_sha256=hash_file(Path(config) if config else folder / "config.json"),
-        weights={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+        weights=weight_sizes(folder),
         release=release,
         config=None if config is None else _lasting(config),
         vision_tower=None if vision_tower is None else _lasting(vision_tower),

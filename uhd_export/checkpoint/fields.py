@@ -8,6 +8,7 @@ from typing import Any
 from uhd_export.runtime.errors import UhdError
 
 Kind = type | tuple[type, ...]
+_LARGEST = 1 << 24
 
 
 def read_json(path: Path) -> dict:
@@ -16,7 +17,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UhdError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: no JSON, no UTF-8, or a giant number
         raise UhdError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UhdError(f"{path}: must hold a JSON object")
@@ -29,7 +30,7 @@ def optional(config: dict, field: str, kind: Kind, default: Any, where: str = "c
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UhdError(f"{where} field {field}: {value!r} has the wrong type")
+        raise UhdError(f"{where} field {field}: {_short(value)} has the wrong type")
     return value
 
 
@@ -41,14 +42,28 @@ def required(config: dict, field: str, kind: Kind, where: str = "config") -> Any
 
 
 def size(config: dict, field: str, default: int | None = None, where: str = "config") -> int:
-    """A whole number above zero; required where there is no `default`."""
+    """A whole number above zero, and no larger than a model can be; required where there is no `default`."""
     if default is None:
         value = required(config, field, int, where)
     else:
         value = optional(config, field, int, default, where)
     if value < 1:
         raise UhdError(f"{where} field {field}: {value} must be above zero")
+    if value > _LARGEST:
+        raise UhdError(f"{where} field {field}: {value:.3g} is more than any model has; is the file damaged?")
     return value
+
+
+def positive(config: dict, field: str, default: float | None = None, where: str = "config") -> float:
+    """A finite number above zero; required where there is no `default`."""
+    kinds = (int, float)
+    if default is None:
+        value = required(config, field, kinds, where)
+    else:
+        value = optional(config, field, kinds, default, where)
+    if not 0 < value < 1e300:
+        raise UhdError(f"{where} field {field}: {value} must be a finite number above zero")
+    return float(value)
 
 
 def choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -56,3 +71,9 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> None:
     if value not in allowed:
         names = ", ".join(str(a) for a in allowed if a is not None)
         raise UhdError(f"{name} {value!r}: must be one of {names}")
+
+
+def _short(value: object) -> str:
+    """`value` as it can be shown in one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

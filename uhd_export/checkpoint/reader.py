@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.files import TensorFile, open_files, some
 from uhd_export.runtime.errors import UhdError
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -25,49 +22,14 @@ _UNUSED = re.compile(
 
 
 class Checkpoint:
-    """Lazy access to the tensors of a folder with one or several safetensors files.
+    """Lazy access to the tensors of a folder with one or several files of weights (see `files`).
 
     Files are memory-mapped: a tensor is read when asked for and no second copy is kept.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._files = ExitStack()
-        self._where: dict[str, object] = {}
-        files, listed = self._list_files()
-        for path in files:
-            try:
-                handle = self._files.enter_context(safe_open(path, "pt"))
-            except FileNotFoundError:
-                raise UhdError(f"{path}: listed in the index but missing; download it again") from None
-            except (SafetensorError, OSError) as error:
-                raise UhdError(
-                    f"{path}: not a readable safetensors file ({error}); download it again"
-                ) from None
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                self._where[name] = handle
-        absent = sorted(listed - self._where.keys())
-        if absent:
-            raise UhdError(
-                f"checkpoint {self.folder}: the index lists tensors that no file holds, {_some(absent)}; "
-                "download it again"
-            )
-
-    def _list_files(self) -> tuple[list[Path], set[str]]:
-        """The safetensors files, and the tensors that the index lists where there is one."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise UhdError(f"{index}: field weight_map is missing")
-            if any(not isinstance(name, str) or Path(name).name != name for name in shards.values()):
-                raise UhdError(f"{index}: field weight_map must hold plain file names")
-            return [self.folder / name for name in sorted(set(shards.values()))], set(shards)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            other = "; convert its .bin files to safetensors first" if list(self.folder.glob("*.bin")) else ""
-            raise UhdError(f"checkpoint {self.folder}: holds no safetensors file{other}")
-        return files, set()
+        self._where: dict[str, TensorFile] = open_files(self.folder)
 
     def names(self) -> set[str]:
         """Every tensor name in the checkpoint."""
@@ -75,21 +37,42 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self._file(name).shape(name)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`, converted to `dtype` where given. Raises UhdError where it is missing."""
-        tensor = self._handle(name).get_tensor(name)
+        tensor = self.stored(name)
+        if not tensor.is_floating_point():
+            raise UhdError(
+                f"checkpoint {self.folder}: tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} "
+                "values, not weights; a tool that config.json does not name quantized it: pass the original"
+            )
         return tensor if dtype is None else tensor.to(dtype)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Tensor `name` as it is stored, of whatever type."""
+        return self._file(name).tensor(name)
 
     def head(self, tied: bool) -> str:
         """The name of the language model's output matrix; the embedding table's where they are `tied`."""
         return "model.embed_tokens.weight" if tied else "lm_head.weight"
 
-    def _handle(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._where:
-            raise UhdError(f"checkpoint {self.folder}: tensor {name} is missing")
+            raise UhdError(f"checkpoint {self.folder}: tensor {name} is missing{self._remedy(name)}")
         return self._where[name]
+
+    def _remedy(self, name: str) -> str:
+        """What a missing tensor tells about the folder, and what to do."""
+        if name == "lm_head.weight":
+            return "; if the head is the embedding table, set tie_word_embeddings to true in config.json"
+        for prefix, part in ((VISION_PREFIX, "vision tower"), (PROJECTOR_PREFIX, "projector")):
+            if name.startswith(prefix) and not any(n.startswith(prefix) for n in self._where):
+                return (
+                    f": it holds no {part} (no tensor under {prefix}); save the whole model, as the official "
+                    "checkpoints are"
+                )
+        return "; do config.json and the weights belong together?"
 
     def load_into(self, module: torch.nn.Module, prefix: str, dtype: torch.dtype) -> None:
         """Fill `module` (built on the meta device) from the tensors under `prefix`.
@@ -113,14 +96,10 @@ class Checkpoint:
         unknown = sorted(n for n in self.names() - set(used) if not _UNUSED.search(n) and not unused(n))
         if unknown:
             raise UhdError(
-                f"checkpoint {self.folder}: unknown tensors {_some(unknown)}; not a LLaVA-UHD checkpoint?"
+                f"checkpoint {self.folder}: unknown tensors {some(unknown)}; not a LLaVA-UHD checkpoint?"
             )
 
     def close(self) -> None:
         """Close the files."""
-        self._files.close()
-
-
-def _some(names: list[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for file in {id(file): file for file in self._where.values()}.values():
+            file.close()

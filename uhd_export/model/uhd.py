@@ -193,9 +193,11 @@ class Parts(NamedTuple):
 
 
 def refuse_unknown(checkpoint: Checkpoint, config: CheckpointConfig) -> None:
-    """Raise UhdError naming tensors of `checkpoint` that the model of `config` has no place for."""
+    """Raise UhdError naming tensors that the model of `config` lacks in `checkpoint`, or has no place for."""
     modules = Parts.on_meta(config).by_prefix().items()
     used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
+    for name in sorted(used - checkpoint.names()):
+        checkpoint.shape(name)
     last = f"encoder.layers.{config.vision.layers}."
     checkpoint.refuse_unknown(used, lambda n: last in n or (config.language.tied and n == "lm_head.weight"))
 

@@ -6,6 +6,7 @@ from support.goldens import GOLDEN
 
 from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.source import locate
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators
@@ -34,7 +35,7 @@ def config(name="v2_mask7", **changes):
         ("v1", "branch", "v1", (1,), "flat"),
     ],
 )
-def test_both_releases(name, release, kind, levels, layout):
+def test_every_release(name, release, kind, levels, layout):
     parsed = parse_config(config(name), TOWER)
     assert (parsed.release, parsed.projector.kind, parsed.layout) == (release, kind, layout)
     assert parsed.projector.levels == levels
@@ -49,6 +50,21 @@ def test_both_releases(name, release, kind, levels, layout):
 def test_query_counts(suffix, side):
     parsed = parse_config(config(mm_projector_type="adapt_spatial_resampler_v2" + suffix), TOWER)
     assert parsed.projector.side == side
+
+
+V1 = {
+    "first release": ("first_mask7", {"feature_mode": "uhd_v1"}, "first", 12),
+    "branch LLaVA-UHD-v1": ("first_mask7", {"feature_mode": MISSING}, "branch", 12),
+    "branch head": ("v1", {}, "branch", 12),
+    "branch head, 64 queries": ("v1", {"mm_projector_type": "uhd_v1_query64"}, "branch", 8),
+}
+
+
+@pytest.mark.parametrize("name, changes, release, side", V1.values(), ids=V1)
+def test_every_release_of_v1(name, changes, release, side):
+    parsed = parse_config(config(name, **changes), TOWER)
+    assert (parsed.projector.kind, parsed.projector.levels) == ("v1", (1,))
+    assert (parsed.release, parsed.projector.side) == (release, side)
 
 
 def test_qwen2():
@@ -173,7 +189,27 @@ def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
         ("mm_projector_type", "mlp2x_gelu"),
         ("mm_projector_type", "adapt_spatial_resampler_v2_100"),
         ("model_mode", "llava"),
+        ("model_mode", ["uhd_v2"]),
         ("model_type", "llava_mistral"),
+        ("mm_use_im_start_end", True),
+        ("mm_use_im_start_end", "true"),
+        ("mm_use_im_patch_token", True),
+        ("mm_patch_merge_type", "spatial_unpad"),
+        ("s2", True),
+        ("mlp_bias", True),
+        ("partial_rotary_factor", 0.5),
+        ("tie_word_embeddings", "false"),
+        ("rms_norm_eps", -1),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", float("inf")),
+        ("rope_scaling", {"factor": 2.0}),
+        ("rope_scaling", {"type": None, "factor": 2.0}),
+        ("rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 24]}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("rope_theta", 0),
+        ("num_hidden_layers", 10**6),
+        ("hidden_size", 1 << 40),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("use_sliding_window", True),
@@ -189,6 +225,8 @@ def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
         ("eos_token_id", "</s>"),
         ("eos_token_id", [2, "</s>"]),
         ("eos_token_id", -1),
+        ("eos_token_id", 32000),
+        ("eos_token_id", [2, 99999]),
         ("mm_vision_select_layer", -1),
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_hidden_size", 1024),
@@ -198,6 +236,7 @@ def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
         ("feature_scale_mask", True),
         ("mm_separator_token_ids", [13]),
         ("mm_separator_token_ids", "13"),
+        ("mm_separator_token_ids", [29892, 32000]),
     ],
 )
 def test_unsupported_values_are_named(field, value):
@@ -220,6 +259,13 @@ def test_unsupported_values_are_named(field, value):
 def test_unsupported_values_of_the_tower_are_named(field, value):
     with pytest.raises(UhdError, match=f"vision config field {field}: "):
         parse_config(config(), {**TOWER, field: value})
+
+
+def test_two_bases_of_the_rotary_embedding_must_agree():
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    with pytest.raises(UhdError, match="config field rope_theta: rope_theta and rope_parameters disagree"):
+        parse_config(config(rope_theta=1e4, rope_parameters=rope), TOWER)
+    assert parse_config(config(rope_theta=5e5, rope_parameters=rope), TOWER).language.rope_theta == 5e5
 
 
 @pytest.mark.parametrize("changes", [{"feature_mode": "featup"}, {"mm_projector_type": "mlp2x_gelu"}])
@@ -261,12 +307,46 @@ def test_a_folder_beside_the_user_is_not_the_checkpoints_tower(tmp_path, monkeyp
 OFFICIAL_CLIP = "clip-vit-large-patch14-336"
 
 
-@pytest.mark.parametrize("path", [OFFICIAL_CLIP, f"/home/x/{OFFICIAL_CLIP}/", f"pretrained/{OFFICIAL_CLIP}"])
-def test_the_official_tower_is_known_by_the_end_of_a_training_path(tmp_path, path):
+CACHED = "models--openai--clip-vit-large-patch14-336"
+TRAINING_PATHS = [
+    OFFICIAL_CLIP,
+    f"./pretrained_models/{OFFICIAL_CLIP}",
+    f"./pretrained_models/{CACHED}",
+    f"{CACHED}/",
+    f"/home/x/.cache/huggingface/hub/{CACHED}/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
+    f"/home/x/hub/{CACHED}/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1/",
+    f"/home/x/{OFFICIAL_CLIP}/",
+    f"/home/x/{OFFICIAL_CLIP}//",
+    rf"C:\Users\x\models\{OFFICIAL_CLIP}",
+    rf"..\hub\{CACHED}\snapshots\ce19dc91\\",
+    f"openai/{OFFICIAL_CLIP}/",
+]
+
+
+@pytest.mark.parametrize("path", TRAINING_PATHS)
+def test_the_official_tower_is_known_by_a_training_path(tmp_path, path):
     (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path, mm_hidden_size=1024)))
     assert read_config(tmp_path).vision.layers == 23
+
+
+def test_a_tower_that_the_user_names_must_be_there(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024)))
     with pytest.raises(UhdError, match="no such folder"):
         read_config(tmp_path, vision_tower="/home/x/" + OFFICIAL_CLIP)
+
+
+def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path):
+    snapshot = tmp_path / CACHED / "snapshots" / "ce19dc91"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(TOWER))
+    for changes, tower in (({}, tmp_path / CACHED), ({"mm_vision_tower": CACHED}, None)):
+        (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=None, **changes)))
+        assert read_config(tmp_path, vision_tower=tower).vision.hidden == 64
+    assert locate(tmp_path / CACHED) == snapshot
+    (snapshot.parent / "other").mkdir()
+    (snapshot.parent / "other" / "config.json").write_text("{}")
+    with pytest.raises(UhdError, match="holds 2 snapshots; pass the folder of one of them"):
+        locate(tmp_path / CACHED)
 
 
 @pytest.mark.parametrize("path", ["/home/x/my-clip", "../my-clip", "my-clip", ["clip"]])

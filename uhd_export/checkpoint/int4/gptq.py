@@ -70,7 +70,7 @@ class GptqCheckpoint(Checkpoint):
         if self.settings.get("sym"):
             self.format = self._symmetric_format()
         for module in self._modules:
-            self._where[f"{module}.weight"] = None
+            self._where[f"{module}.weight"] = self._where[f"{module}.qweight"]
         self._recent: tuple[str, QuantizedWeight] | None = None
 
     def _symmetric_format(self) -> str:
@@ -80,7 +80,7 @@ class GptqCheckpoint(Checkpoint):
         """
         forms: set[str] = set()
         for module in sorted(self._modules):
-            zeros = super().tensor(f"{module}.qzeros")
+            zeros = self.stored(f"{module}.qzeros")
             form = next((form for form, word in _MIDDLE.items() if (zeros == word).all()), None)
             if form is None or forms - {form}:
                 raise UhdError(
@@ -129,23 +129,23 @@ class GptqCheckpoint(Checkpoint):
         if name not in self._where:
             return None
         try:
-            g_idx = super().tensor(name).numpy()
+            g_idx = self.stored(name).numpy()
             return group_order(g_idx, self.shape(f"{module}.weight")[1], self.groups(module))
         except UhdError as error:
             raise UhdError(f"checkpoint {self.folder}: layer {module}: {error}") from None
 
     def symmetric(self, module: str) -> bool:
         """Whether every zero point of `module` is the middle of the range; reads `qzeros` alone."""
-        return bool((super().tensor(f"{module}.qzeros") == _MIDDLE[self.format]).all())
+        return bool((self.stored(f"{module}.qzeros") == _MIDDLE[self.format]).all())
 
     def quantized(self, module: str) -> QuantizedWeight:
         """The integers of quantized layer `module`. The last one read is kept."""
         if self._recent is None or self._recent[0] != module:
             self._recent = None
-            read = super().tensor
+            read = self.stored
             g_idx = read(f"{module}.g_idx").numpy() if f"{module}.g_idx" in self._where else None
             qweight, qzeros = read(f"{module}.qweight").numpy(), read(f"{module}.qzeros").numpy()
-            scales = read(f"{module}.scales", torch.float32).numpy()
+            scales = read(f"{module}.scales").float().numpy()
             try:
                 self._recent = module, unpack_gptq(qweight, qzeros, scales, g_idx, self.format)
             except UhdError as error:
