@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.folders import leftovers
 
 import uhd_export.bundle.build as build
 import uhd_export.bundle.check as check
@@ -29,10 +30,6 @@ def process(*arguments, stderr=subprocess.PIPE, **options):
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=stderr, text=True, **options
     )
-
-
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 # Commands

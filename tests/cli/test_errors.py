@@ -6,16 +6,12 @@ import struct
 
 import pytest
 from PIL import Image
+from support.folders import leftovers
 
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.bundle.manifest import MANIFEST, _digest
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.slicing import plan_slices
-
-
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir())
-
 
 # Images
 

@@ -20,12 +20,6 @@ MAIN, NO_SLICE = (1008, 672, 0), (500, 120, 5)
 SMALL = recipe.image(500, 120, 5)
 
 
-@pytest.fixture(scope="module")
-def pipeline(golden_bundle):
-    with Pipeline.open(golden_bundle, threads=2) as opened:
-        yield opened
-
-
 @pytest.fixture
 def fresh(pipeline):
     """The pipeline with nothing remembered, and its default options."""

@@ -15,12 +15,6 @@ from uhd_export.runtime import Answer, Conversation, Pipeline, UhdError
 SMALL, OTHER = recipe.image(500, 120, 5), recipe.image(300, 120, 2)
 
 
-@pytest.fixture(scope="module")
-def pipeline(golden_bundle):
-    with Pipeline.open(golden_bundle, threads=1) as opened:
-        yield opened
-
-
 def in_threads(*functions):
     """Run all at once; what each returned or raised."""
     results, start = {}, threading.Barrier(len(functions))

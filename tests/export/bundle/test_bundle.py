@@ -4,13 +4,13 @@ import io
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from golden import recipe
 from rich.console import Console
 from safetensors.numpy import save_file
+from support.folders import leftovers
 from support.goldens import assert_close, golden_tensors
 
 import uhd_export.bundle.build as build
@@ -35,10 +35,6 @@ def make(spoken_checkpoint, tmp_path):
         return build_bundle(spoken_checkpoint, tmp_path / "out", **options)
 
     return run
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_bundle_carries_its_evidence(make, tmp_path, spoken_checkpoint):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.folders import leftovers
 
 import uhd_export.bundle.staging as staging
 from uhd_export.bundle.staging import staged_folder
@@ -14,10 +15,6 @@ def write(out, **options):
     with staged_folder(out, **options) as folder:
         (folder / MANIFEST).write_text(json.dumps({"files": {"part.bin": {}}}))
         (folder / "part.bin").write_text("new")
-
-
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 
 import pytest
 from support.goldens import GOLDEN
+from support.refusals import one_line_error
 
 from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
@@ -240,9 +241,8 @@ def test_missing_or_mistyped_fields_of_the_tower_are_named(field, value):
     ],
 )
 def test_unsupported_values_are_named(field, value):
-    with pytest.raises(UhdError, match=f"config field {field}: ") as caught:
+    with one_line_error(f"config field {field}: "):
         parse_config(config(**{field: value}), TOWER)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +352,8 @@ def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path):
 @pytest.mark.parametrize("path", ["/home/x/my-clip", "../my-clip", "my-clip", ["clip"]])
 def test_a_tower_that_is_not_here_is_named_with_the_remedy(tmp_path, path):
     (tmp_path / "config.json").write_text(json.dumps(config(mm_vision_tower=path)))
-    with pytest.raises(
-        UhdError, match=r"config field mm_vision_tower: .*(; pass --vision-tower|wrong type)"
-    ) as caught:
+    with one_line_error(r"config field mm_vision_tower: .*(; pass --vision-tower|wrong type)"):
         read_config(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_missing_tower_field_is_named(tmp_path):

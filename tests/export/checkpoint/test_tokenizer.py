@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from support.refusals import one_line_error
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
-from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.prompt import IMAGE_ID, encode
 
 WORDS = [
@@ -219,9 +219,8 @@ def test_qwen2_equals_transformers(folder):
 
 
 def refused(path, match):
-    with pytest.raises(UhdError, match=match) as caught:
+    with one_line_error(match):
         checkpoint_tokenizer(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_folder_without_tokenizer(folder):

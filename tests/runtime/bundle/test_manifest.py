@@ -5,6 +5,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.refusals import one_line_error
 
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
@@ -118,9 +119,8 @@ def test_altered_manifest_is_refused(bundle):
 )
 def test_bad_manifest_is_refused(bundle, change, message):
     edit(bundle, change)
-    with pytest.raises(UhdError, match=message) as error:
+    with one_line_error(message):
         read_manifest(bundle)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

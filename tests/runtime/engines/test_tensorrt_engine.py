@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_tensorrt import FakeCuda, fake_engine, fake_module
+from support.refusals import one_line_error
 from support.tensorrt_records import quiet_logger, record_of
 from support.tiny_language import CONTEXT, difference, embeddings, reader, reference, tiny_model
 
@@ -399,9 +400,8 @@ def test_feeds_are_checked(machine, language):
     ],
 )
 def test_an_engine_that_does_not_fit_says_what_to_do(machine, language, changes, message):
-    with pytest.raises(UhdError, match=message) as caught:
+    with one_line_error(message):
         machine(*language, **changes)
-    assert "\n" not in str(caught.value)
 
 
 def test_without_a_gpu_or_the_backend(language, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from rich.console import Console
 from support import memory_hog
 from support.memory_hog import take
 
-from uhd_export.runtime import Pipeline, memory
+from uhd_export.runtime import memory
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.memory import available_memory, peak_apart, peak_memory
@@ -22,12 +22,6 @@ from uhd_export.runtime.terminal.profile_report import PAPER, describe_profile, 
 
 PARTS = ["vit", "jbu", "hiwin"]
 STAGES = ["pixels", "vision", *PARTS, "prefill", "decode"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(golden_bundle):
-    with Pipeline.open(golden_bundle, threads=1) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
