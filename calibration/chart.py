@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uhd_export.calibration.layers import MODULES
 from uhd_export.calibration.quality import LinearQuality, Report
+from uhd_export.runtime.files import replacing
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (40, 40, 48), (222, 224, 230)
 _RTN, _GPTQ = (214, 116, 66), (46, 108, 190)
@@ -42,9 +43,8 @@ def draw_report(report: Report, path: Path) -> None:
         linears = [linear for linear in report.linears if linear.module == module]
         _panel(draw, corner, module, linears, (low, high), font)
     draw.text((_LEFT, image.height - 30), "across: layer; up: |x(W-Wq)|^2 / |xW|^2", _INK, font)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, "PNG", optimize=True)
-    partial.replace(path)
+    with replacing(path) as partial:
+        image.save(partial, "PNG", optimize=True)
 
 
 def _legend(

@@ -7,9 +7,7 @@ they are, and `layer-00000.json` what was measured on them. A run that stops los
 no more.
 """
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +21,11 @@ from safetensors.torch import save_file
 
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.quality import LinearQuality
-from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.errors import UhdError, is_disk_full
+from uhd_export.runtime.files import replacing
 
 _STATE, _ACTIVATIONS = "state.json", "activations.safetensors"
 _FORMAT = {"format": "pt"}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -35,14 +33,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk into a UhdError that names `folder`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise UhdError(
-                f"{folder}: the disk is full; make room and run the same command to continue"
-            ) from None
-        raise
-    except SafetensorError as error:
-        if "space left" in str(error) or "os error 28" in str(error):
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
             raise UhdError(
                 f"{folder}: the disk is full; make room and run the same command to continue"
             ) from None
@@ -140,12 +132,8 @@ class Work:
             raise UhdError(f"{path}: missing or damaged; delete {self.folder} to start anew") from None
 
     def _save(self, path: Path, write: Callable[[Path], None]) -> None:
-        partial = path.with_name(path.name + ".partial")
-        with disk_errors(self.folder):
+        with disk_errors(self.folder), replacing(path) as partial:
             write(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from uhd_export.plugins.launch import Launch
 from uhd_export.runtime.engines.tensorrt.backend import cache_folder
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.files import write_file
 
 TARGETS = (80, 86, 87, 89, 90, 120)  # A100; RTX 30; Jetson Orin; RTX 40; H100 and H200; RTX 50
 DTYPES = ("float16", "bfloat16", "float32")
@@ -123,9 +124,5 @@ def _work(items: Sequence[tuple[Path, Request]]) -> None:
                 log.seek(0)
                 last = (log.read().strip().splitlines() or ["no message"])[-1]
                 raise UhdError(f"kernel {request.kernel} for sm_{request.capability}: not compiled: {last}")
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(
-                json.dumps(json.loads(line) | {"capability": request.capability}), encoding="utf-8"
-            )
-            partial.replace(path)
+            write_file(path, json.dumps(json.loads(line) | {"capability": request.capability}))
         worker.stdin.close()

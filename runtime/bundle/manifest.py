@@ -16,6 +16,7 @@ from pathlib import Path, PureWindowsPath
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.files import write_file
 from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.layout import LAYOUTS
 from uhd_export.runtime.language.prompt import TEMPLATES
@@ -128,13 +129,11 @@ def part_files(backend: str) -> tuple[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest` into `folder`, through a temporary name."""
+    """Write `manifest` into `folder`, whole or not at all."""
     content = dataclasses.asdict(manifest)
     record = {"schema_version": content.pop("schema_version"), "digest": "", **content}
     record["digest"] = _digest(record)
-    temporary = folder / (MANIFEST + ".partial")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
 
 
 def read_manifest(folder: str | Path) -> Manifest:

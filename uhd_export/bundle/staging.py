@@ -1,7 +1,5 @@
 """All or nothing: a folder appears under its name only when it is complete."""
 
-import errno
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,12 +8,9 @@ from pathlib import Path
 
 from uhd_export.checkpoint.fields import optional, read_json
 from uhd_export.runtime.bundle.manifest import MANIFEST
-from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.errors import UhdError, is_disk_full
+from uhd_export.runtime.files import sync
 from uhd_export.runtime.terminal.report import format_bytes
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What numpy's tofile says, without an error number, where only part of an array could be written.
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 @contextmanager
@@ -59,7 +54,7 @@ def output_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL or _SHORT_WRITE.search(str(error)):
+        if is_disk_full(error):
             reason = error.strerror or str(error)
             raise UhdError(
                 f"output {out}: the disk is full ({reason}); make room or choose another disk"
@@ -92,8 +87,11 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 def _move(staging: Path, out: Path) -> None:
     """Rename `staging` to `out`; an old bundle there steps aside first, and back if that fails."""
+    for path in (*staging.iterdir(), staging):
+        sync(path)
     if not out.exists():
         staging.rename(out)
+        sync(out.parent)
         return
     old = staging.with_name(staging.name + ".old")
     out.rename(old)
@@ -102,4 +100,5 @@ def _move(staging: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
+    sync(out.parent)
     shutil.rmtree(old)

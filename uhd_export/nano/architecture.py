@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from uhd_export.model.jbu import matrices
 from uhd_export.model.language import LanguageModel, RMSNorm
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import Layer, VisionTower
+from uhd_export.runtime.files import replacing, write_file
 
 TOWER_FOLDER = "clip"
 TOWER = {
@@ -186,16 +186,13 @@ def save_checkpoint(
     half = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in tensors.items()}
     if not all(math.isfinite(float(t.float().abs().max())) for t in half.values()):
         raise ValueError("a weight does not fit float16")
-    partial = folder / "model.safetensors.partial"
-    save_file(half, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors writes files that only their owner may read
-    os.replace(partial, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as partial:
+        save_file(half, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors writes files that only their owner may read
     write_json(folder / "config.json", raw)
     write_json(folder / TOWER_FOLDER / "config.json", TOWER)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write indented JSON to a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write indented JSON, whole or not at all."""
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -5,7 +5,6 @@ three cards, and whole card images. Slices of both are shuffled into new images,
 has two codes.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from uhd_export.model.vit import VisionTower
 from uhd_export.nano.cards import DIGITS, NAMES, TRAIN_SEED, WINDOW, make_card_image
 from uhd_export.nano.train_vision import crop_tokens, geometry_of, to_batch
 from uhd_export.nano.windows import SIDE, LabelledCrop, image_crops, label_map
+from uhd_export.runtime.files import replacing
 
 SLICES = 6
 GRID = (3, 2)
@@ -114,7 +114,7 @@ def build_pool(
 
 
 def save_pool(pool: TokenPool, path: Path) -> None:
-    """Write a pool as safetensors, to a temporary name first."""
+    """Write a pool as safetensors."""
     crops = pool.slices + [crop for image in pool.images for crop in image]
     codes = torch.full((len(crops), len(NAMES)), -1, dtype=torch.int32)
     places = codes.clone()
@@ -127,9 +127,8 @@ def save_pool(pool: TokenPool, path: Path) -> None:
         "places": places,
         "slices": torch.tensor(len(pool.slices)),
     }
-    partial = path.with_suffix(".writing")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial)
 
 
 def load_pool(path: Path) -> TokenPool:

@@ -3,12 +3,12 @@
 A digit is always one token, `<s>` (1) opens every text as with Llama, `</s>` (2) ends an answer.
 """
 
-import os
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from uhd_export.nano.cards import NAMES, question
+from uhd_export.runtime.files import replacing
 from uhd_export.runtime.language.prompt import FOLLOW_UPS, IMAGE, TEMPLATES
 
 VOCABULARY = 512
@@ -52,7 +52,6 @@ def separator_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write tokenizer.json to a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    tokenizer.save(str(partial))
-    os.replace(partial, path)
+    """Write tokenizer.json, whole or not at all."""
+    with replacing(path) as partial:
+        tokenizer.save(str(partial))

@@ -15,7 +15,6 @@ are fixed; results vary a little with the number of threads. `--out` gets the ch
 
 import argparse
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from uhd_export.nano.token_pool import TokenPool, build_pool, load_pool, save_po
 from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer, separator_ids
 from uhd_export.nano.train_language import Conversations, LanguageStage, train_language
 from uhd_export.nano.train_vision import OUTPUTS, VisionStage, train_vision
+from uhd_export.runtime.files import replacing
 
 ALL = (1, 2, 4)
 VISION = {
@@ -201,9 +201,8 @@ class Trainer:
 
     def _save(self, stage: str, parts: dict[str, nn.Module]) -> None:
         tensors = {f"{name}.{key}": t for name, m in parts.items() for key, t in m.state_dict().items()}
-        partial = self.path(stage).with_suffix(".writing")
-        save_file({key: t.contiguous() for key, t in tensors.items()}, partial)
-        os.replace(partial, self.path(stage))
+        with replacing(self.path(stage)) as partial:
+            save_file({key: t.contiguous() for key, t in tensors.items()}, partial)
 
     def load(self, stage: str) -> None:
         """Load the modules that a stage's result holds."""

@@ -1,6 +1,5 @@
 """Building an engine: a graph, its profiles and target GPUs in, an engine file and its record out."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from uhd_export.runtime.engines.tensorrt.record import (
     write_record,
 )
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.files import write_file
 from uhd_export.tensorrt.network import Network, load_graph, parse
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
 from uhd_export.tensorrt.progress import Progress, make_monitor
@@ -57,28 +57,23 @@ def build_engine(
         for profile in profiles:
             _add_profile(builder, config, parsed, profile)
         content = _build(trt, builder, parsed, config, _Failure(graph, targets), on_progress)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(memoryview(content))
-        record = EngineRecord(
-            record_version=RECORD_VERSION,
-            backend=options.backend,
-            tensorrt=trt.__version__,
-            compute_capabilities=targets,
-            layers=dict(parsed.layer_types()),
-            plugin_layers=tuple(parsed.plugin_layers()),
-            inputs=parsed.inputs,
-            outputs=parsed.outputs,
-            aliases=parsed.aliases,
-            profiles=tuple(profiles),
-            weight_bytes=parsed.weight_bytes,
-            key=key,
-            bytes=temporary.stat().st_size,
-            sha256=hash_file(temporary),
-        )
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(out, memoryview(content))
+    record = EngineRecord(
+        record_version=RECORD_VERSION,
+        backend=options.backend,
+        tensorrt=trt.__version__,
+        compute_capabilities=targets,
+        layers=dict(parsed.layer_types()),
+        plugin_layers=tuple(parsed.plugin_layers()),
+        inputs=parsed.inputs,
+        outputs=parsed.outputs,
+        aliases=parsed.aliases,
+        profiles=tuple(profiles),
+        weight_bytes=parsed.weight_bytes,
+        key=key,
+        bytes=out.stat().st_size,
+        sha256=hash_file(out),
+    )
     write_record(out, record)
     return record
 

@@ -17,6 +17,7 @@ from uhd_export.runtime.engines.tensorrt.record import (
     record_path,
 )
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.files import replacing
 from uhd_export.tensorrt.builder import build_engine
 from uhd_export.tensorrt.fingerprint import plugin_fingerprint
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
@@ -108,9 +109,5 @@ def _is_whole(engine: Path, key: str) -> bool:
 def _copy(source: Path, out: Path) -> None:
     """Copy an engine, then its record: who sees the record sees a whole engine."""
     for path, target in ((source, out), (record_path(source), record_path(out))):
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with replacing(target) as temporary:
             shutil.copyfile(path, temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -1,12 +1,13 @@
 """Kernels that TensorRT-RTX compiles on the device, kept on disk so that the next start is quick."""
 
-import os
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from uhd_export.runtime.engines.tensorrt.backend import cache_folder, messages
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda
 from uhd_export.runtime.engines.tensorrt.record import EngineRecord
+from uhd_export.runtime.files import write_file
 
 
 class JitCache:
@@ -26,10 +27,6 @@ class JitCache:
         """Write what was compiled; a cache that cannot be written is left out."""
         if self.handle is None:
             return
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        try:
+        with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(memoryview(self.handle.serialize()))
-            temporary.replace(self._path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            write_file(self._path, memoryview(self.handle.serialize()))

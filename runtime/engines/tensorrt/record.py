@@ -15,6 +15,7 @@ import numpy as np
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.engines.base import TensorInfo
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.files import write_file
 
 RECORD_VERSION = 1
 Shape = tuple[int, ...]
@@ -126,11 +127,8 @@ def record_path(engine: str | Path) -> Path:
 
 
 def write_record(engine: str | Path, record: EngineRecord) -> None:
-    """Write the record of the file `engine`, through a temporary name."""
-    path = record_path(engine)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write the record of the file `engine`, whole or not at all."""
+    write_file(record_path(engine), json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
 def read_record(engine: str | Path) -> EngineRecord:
