@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from uhd_export.runtime.bundle.integrity import verify_files
@@ -124,7 +125,7 @@ class Pipeline:
             open_image(image), self.settings, side=model.projector.side, patch=model.vision.patch
         )
 
-    def encode_image(self, image: ImageLike) -> list[np.ndarray]:
+    def encode_image(self, image: ImageLike) -> list[NDArray[Any]]:
         """One float32 (tokens, D) array a crop: slices first, row by row, the overview last."""
         planned = self.plan_image(image)
         with self._turns.call(ends_answer=False):
@@ -140,14 +141,14 @@ class Pipeline:
         images = [self.plan_image(each) for each in as_images(image)]
         return self.generator.sequence(self.input_ids(prompt), images)
 
-    def inputs_embeds(self, image: Images, prompt: str | Sequence[int]) -> np.ndarray:
+    def inputs_embeds(self, image: Images, prompt: str | Sequence[int]) -> NDArray[Any]:
         """float32 (1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
         sequence = self.sequence(image, prompt)
         with self._turns.call(ends_answer=False):
             embeds = self.language.fetch(self.generator.embeds(sequence))
             return embeds.astype(np.float32, copy=False)[None]
 
-    def logits(self, image: Images, prompt: str | Sequence[int]) -> np.ndarray:
+    def logits(self, image: Images, prompt: str | Sequence[int]) -> NDArray[Any]:
         """float32 (1, vocab) logits of the last position."""
         sequence = self.sequence(image, prompt)
         with self._turns.call():

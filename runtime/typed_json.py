@@ -54,7 +54,7 @@ def _convert(hint: Any, value: object, where: str) -> object:
     return value
 
 
-def _convert_tuple(arguments: tuple, value: object, where: str) -> tuple:
+def _convert_tuple(arguments: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _wrong(where, "a list", value)
     if len(arguments) == 2 and arguments[1] is Ellipsis:

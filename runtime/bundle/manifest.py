@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.config import ModelConfig
@@ -167,7 +168,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _digest(record: dict) -> str:
+def _digest(record: dict[str, Any]) -> str:
     content = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 # numpy's arrays, or an engine's own on its device with the same interface as far as rows go.
 Array = Any
@@ -16,7 +17,7 @@ Array = Any
 class TensorInfo:
     """An input or output: its type, and its shape with a name where a dimension is free."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -34,11 +35,11 @@ class Binding(ABC):
     """Size of the persistent buffers, each counted once."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not."""
 
     @abstractmethod
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[Any]:
         """A copy of the buffer bound to input `name`."""
 
 
@@ -53,7 +54,7 @@ class Engine(ABC):
     """Device memory the engine needs beside its weights and bound buffers, where the backend knows."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once on all inputs by name; returns all outputs by name, as arrays of their own.
 
         Raises ValueError where a feed is missing, unknown or of another type.
@@ -63,14 +64,14 @@ class Engine(ABC):
         """As `infer`, but outputs stay on the engine's device where it is not this machine's memory."""
         return self.infer(feeds)
 
-    def gather(self, pieces: Sequence[Array], dtype: np.dtype) -> Array:
+    def gather(self, pieces: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """(S, D) rows of all `pieces`, one after the other, where the engine reads them without a copy.
 
         `dtype` is the type in which it will be fed; in this machine's memory the pieces keep theirs.
         """
         return np.concatenate(pieces)
 
-    def fetch(self, array: Array) -> np.ndarray:
+    def fetch(self, array: Array) -> NDArray[Any]:
         """`array` in this machine's memory."""
         return array
 
@@ -97,7 +98,7 @@ class Engine(ABC):
 
 
 def check_feeds(
-    feeds: Mapping[str, np.ndarray], inputs: Mapping[str, TensorInfo], bound: Mapping[str, str]
+    feeds: Mapping[str, NDArray[Any]], inputs: Mapping[str, TensorInfo], bound: Mapping[str, str]
 ) -> None:
     """ValueError where `feeds` are not exactly the `inputs` that are not `bound`, with their types."""
     wanted = inputs.keys() - bound.keys()

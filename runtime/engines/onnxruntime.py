@@ -5,9 +5,11 @@ import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Binding, Engine, TensorInfo, check_feeds
 from uhd_export.runtime.engines.device import Device, parse_device
@@ -85,7 +87,7 @@ class OrtEngine(Engine):
         files = [self.path, self.path.with_name(f"{self.path.name}.data")]
         self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`."""
         check_feeds(feeds, self.inputs, {})
         with self.errors():
@@ -150,7 +152,7 @@ class OrtBinding(Binding):
                 self._results[name] = result
                 self._binding.bind_ortvalue_output(name, result)
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`."""
         check_feeds(feeds, self._engine.inputs, self._shared)
         for name, array in feeds.items():
@@ -168,7 +170,7 @@ class OrtBinding(Binding):
         # On the CPU `numpy` only borrows the memory, which the next run overwrites.
         return {name: value.numpy().copy() for name, value in results.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""
         return self._buffers[name].numpy().copy()
 
@@ -226,7 +228,7 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Device) -> ort.OrtValue:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ort.OrtValue:
     """A buffer of zeros on `device`."""
     if device.kind == "cpu":
         # Memory from the system is zero, and there only from the first write on, page by page: a cache costs

@@ -3,8 +3,10 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array, Engine
@@ -28,7 +30,7 @@ class VisionEncoder:
         self._dtype = engine.inputs[PIXELS].dtype
         self.geometry = lru_cache(maxsize=32)(self._geometry)
 
-    def encode(self, crops: Sequence[np.ndarray], grid_mode: str) -> list[np.ndarray]:
+    def encode(self, crops: Sequence[NDArray[Any]], grid_mode: str) -> list[NDArray[Any]]:
         """One float32 (tokens, D) array for each uint8 (h, w, 3) crop; sides are multiples of the patch.
 
         Crops of one shape run as one batch. `grid_mode` is the grid mode of the windows.
@@ -40,7 +42,7 @@ class VisionEncoder:
         ]
 
     def encode_resident(
-        self, crops: Sequence[np.ndarray], grid_mode: str, watch: Stopwatch | None = None
+        self, crops: Sequence[NDArray[Any]], grid_mode: str, watch: Stopwatch | None = None
     ) -> list[Array]:
         """As `encode`, in the engine's own type and left on its device; `watch` counts the time."""
         watch = watch or Stopwatch()
@@ -57,8 +59,8 @@ class VisionEncoder:
                 tokens |= zip(members, results, strict=True)
 
     def batches(
-        self, crops: Sequence[np.ndarray], grid_mode: str
-    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        self, crops: Sequence[NDArray[Any]], grid_mode: str
+    ) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
         """The engine's runs for `crops`: which of them, and the inputs, each made when it is due."""
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, crop in enumerate(crops):
@@ -68,13 +70,13 @@ class VisionEncoder:
                 batch = members[start : start + MAX_BATCH]
                 yield batch, self.feeds(np.stack([normalise(crops[i]) for i in batch]), grid_mode)
 
-    def feeds(self, pixels: np.ndarray, grid_mode: str) -> dict[str, np.ndarray]:
+    def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, NDArray[Any]]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""
         patch = self._model.vision.patch
         rows, cols = pixels.shape[2] // patch, pixels.shape[3] // patch
         return {PIXELS: pixels.astype(self._dtype, copy=False), **self.geometry(rows, cols, grid_mode)}
 
-    def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, np.ndarray]:
+    def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, NDArray[Any]]:
         vision, projector = self._model.vision, self._model.projector
         available = crop_geometry(
             rows,

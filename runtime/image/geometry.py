@@ -7,8 +7,10 @@ computed here in float64 and fed to the graph as float32.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 
@@ -20,7 +22,7 @@ RADIUS = KERNEL // 2
 BIN_CANDIDATES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
 
 
-def bicubic(out: int, size: int) -> np.ndarray:
+def bicubic(out: int, size: int) -> NDArray[Any]:
     """(out, size) matrix of bicubic resizing, align_corners=False, no antialias, a = -0.75."""
     a = -0.75
     centre = (np.arange(out) + 0.5) * size / out - 0.5
@@ -34,7 +36,7 @@ def bicubic(out: int, size: int) -> np.ndarray:
     return matrix
 
 
-def adaptive_average(out: int, size: int) -> np.ndarray:
+def adaptive_average(out: int, size: int) -> NDArray[Any]:
     """(out, size) matrix of adaptive average pooling; bins overlap where size/out is fractional."""
     matrix = np.zeros((out, size))
     for i in range(out):
@@ -43,12 +45,12 @@ def adaptive_average(out: int, size: int) -> np.ndarray:
     return matrix
 
 
-def reflect_pad(matrix: np.ndarray, pad: int) -> np.ndarray:
+def reflect_pad(matrix: NDArray[Any], pad: int) -> NDArray[Any]:
     """Extend the output rows of `matrix` by reflection without repeating the border row."""
     return np.pad(matrix, ((pad, pad), (0, 0)), mode="reflect")
 
 
-def roi_align(size: int, bins: int, windows: int = 12, *, roi_rounding: str = "exact") -> np.ndarray:
+def roi_align(size: int, bins: int, windows: int = 12, *, roi_rounding: str = "exact") -> NDArray[Any]:
     """(windows * bins, size) matrix of RoIAlign over equal windows along one axis.
 
     torchvision's `roi_align` with aligned=False, adaptive sampling, a minimum roi size of 1 and
@@ -110,7 +112,7 @@ def crop_geometry(
     table: int = 24,
     patch: int = 14,
     roi_rounding: str = "exact",
-) -> dict[str, np.ndarray]:
+) -> dict[str, NDArray[Any]]:
     """All float32 matrices for a crop of rows x cols patches, by the graph's input names.
 
     `levels` are the scales in use, `side` the windows along an axis, `table` the side of the ViT's
@@ -129,7 +131,7 @@ def crop_geometry(
             f"crop of {rows}x{cols} patches: the feature pyramid needs at least 2 patches on each "
             "side; use an image that is less elongated"
         )
-    geometry: dict[str, np.ndarray] = {}
+    geometry: dict[str, NDArray[Any]] = {}
     for axis, n, which in (("y", rows, 0), ("x", cols, 1)):
         geometry[f"position_{axis}"] = bicubic(n, table) if n != table else np.eye(n)
         scale = 2
@@ -147,7 +149,7 @@ def crop_geometry(
     return {name: np.ascontiguousarray(m, np.float32) for name, m in geometry.items()}
 
 
-def _round_bf16(values: np.ndarray) -> np.ndarray:
+def _round_bf16(values: NDArray[Any]) -> NDArray[Any]:
     """Round float32 to the nearest bfloat16, ties to even, keeping the float32 type."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 
@@ -32,7 +34,7 @@ def indicator_tokens(slice_grid: tuple[int, int] | None, separators: Separators)
 
 def layout_indices(
     slice_grid: tuple[int, int] | None, *, layout: str, side: int, separators: Separators
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Where every visual position comes from.
 
     Returns two int64 arrays of one length: row numbers into the crops' tokens laid end to end

@@ -5,8 +5,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from uhd_export.runtime.errors import UhdError
@@ -18,7 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
-ImageLike = str | Path | Image.Image | np.ndarray
+ImageLike = str | Path | Image.Image | NDArray[Any]
 """What is taken for an image: a path, a PIL image or an array, see `open_image`."""
 Images = ImageLike | Sequence[ImageLike]
 """One image, or a list or tuple of them."""
@@ -64,7 +66,7 @@ def source_size(source: str) -> Size:
     return (height, width) if turned else (width, height)
 
 
-def cut(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
+def cut(image: Image.Image, plan: SlicePlan) -> list[NDArray[Any]]:
     """The crops of `plan` as uint8 arrays (h, w, 3): slices row by row, the overview last."""
     if plan.resized_size != image.size:
         image = image.resize(plan.resized_size, Image.Resampling.BICUBIC)
@@ -80,7 +82,7 @@ def cut(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
     return [np.asarray(crop) for crop in crops]
 
 
-def normalise(crop: np.ndarray) -> np.ndarray:
+def normalise(crop: NDArray[Any]) -> NDArray[Any]:
     """uint8 (h, w, 3) to float32 (3, h, w) with CLIP's mean and standard deviation.
 
     The order of roundings is the released image processor's, so the result is equal bit for bit.
@@ -105,7 +107,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise UhdError(f"image {path}: cannot be read ({error}); convert it to PNG or JPEG") from None
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise UhdError(
             f"image array: {array.dtype} of shape {array.shape}; "

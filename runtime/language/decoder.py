@@ -1,8 +1,10 @@
 """Decoding with a KV cache of fixed capacity that stays on the device and can be rewound."""
 
 import re
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
@@ -57,7 +59,7 @@ class Decoder:
         """Positions that are still free."""
         return self.context - self.length
 
-    def prefill(self, embeds: np.ndarray, *, chunk: int | None = None) -> np.ndarray:
+    def prefill(self, embeds: NDArray[Any], *, chunk: int | None = None) -> NDArray[Any]:
         """Append (S, D) or (1, S, D) embeddings; float32 logits (vocab,) of the last position.
 
         May be called again to append a further turn. `chunk` limits the positions a run, and with it the
@@ -71,7 +73,7 @@ class Decoder:
             logits = self._run(embeds[:, start : start + size])
         return logits
 
-    def step(self, embeds: np.ndarray) -> np.ndarray:
+    def step(self, embeds: NDArray[Any]) -> NDArray[Any]:
         """Append one position, (D,), (1, D) or (1, 1, D); float32 logits (vocab,) of the next."""
         return self._run(self._check(embeds.reshape(1, 1, -1)))
 
@@ -81,7 +83,7 @@ class Decoder:
             raise UhdError(f"rewind to {length}: the cache holds {self.length} positions")
         self.length = length
 
-    def _check(self, embeds: np.ndarray) -> np.ndarray:
+    def _check(self, embeds: NDArray[Any]) -> NDArray[Any]:
         embeds = embeds if embeds.ndim == 3 else embeds[None]
         if embeds.shape[0] != 1 or embeds.shape[1] < 1 or embeds.shape[2] != self.hidden:
             raise ValueError(f"embeddings of shape {embeds.shape} instead of (1, S, {self.hidden})")
@@ -93,7 +95,7 @@ class Decoder:
             )
         return embeds.astype(self._dtype, copy=False)
 
-    def _run(self, embeds: np.ndarray) -> np.ndarray:
+    def _run(self, embeds: NDArray[Any]) -> NDArray[Any]:
         past, total = self.length, self.length + embeds.shape[1]
         positions = {
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),

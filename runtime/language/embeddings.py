@@ -1,8 +1,10 @@
 """The language model's input embeddings: rows of a table on disk, read as they are needed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 
@@ -32,7 +34,7 @@ class EmbeddingTable:
         """Size of the table in bytes."""
         return self._rows.nbytes
 
-    def rows(self, ids: np.ndarray | list[int]) -> np.ndarray:
+    def rows(self, ids: NDArray[Any] | list[int]) -> NDArray[Any]:
         """float32 (S, D) embeddings of token `ids`; UhdError where one is outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab):

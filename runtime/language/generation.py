@@ -1,8 +1,9 @@
 """Generation: prompts as sequences in, tokens and answers out, one after the other."""
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.engines.base import Array, Engine
@@ -82,14 +83,14 @@ class TextGenerator:
                 pieces.append(rows[max(start - segment.start, 0) :])
         return self._engine.gather(pieces, self._engine.inputs[EMBEDS].dtype)
 
-    def prefill(self, sequence: PromptSequence, watch: Stopwatch | None = None) -> np.ndarray:
+    def prefill(self, sequence: PromptSequence, watch: Stopwatch | None = None) -> NDArray[Any]:
         """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
         watch = watch or Stopwatch()
         embeds = self.embeds(sequence, self.prefix.match(sequence.keys), watch)
         with watch.stage("prefill"):
             return self.prefix.prefill(sequence.keys, embeds)
 
-    def step(self, token: int) -> np.ndarray:
+    def step(self, token: int) -> NDArray[Any]:
         """float32 (vocab,) logits after one more `token`."""
         return self.prefix.step(token, self._table.rows([token])[0])
 

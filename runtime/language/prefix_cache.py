@@ -1,8 +1,9 @@
 """Prefix reuse: what each position of a decoder's cache holds, so that only new positions are run."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Array
 from uhd_export.runtime.language.decoder import Decoder
@@ -29,7 +30,7 @@ class PrefixCache:
         length = min(len(self._keys), len(keys) - 1, self._decoder.length)
         return next((i for i in range(length) if self._keys[i] != keys[i]), length)
 
-    def prefill(self, keys: Sequence[Hashable], embeds: Array) -> np.ndarray:
+    def prefill(self, keys: Sequence[Hashable], embeds: Array) -> NDArray[Any]:
         """float32 logits (vocab,) after the positions `keys`, whose last (S, D) `embeds` are run.
 
         Those before them are in the cache, see `match`.
@@ -43,7 +44,7 @@ class PrefixCache:
         self.prefilled = len(embeds)
         return logits
 
-    def step(self, key: Hashable, embed: np.ndarray) -> np.ndarray:
+    def step(self, key: Hashable, embed: NDArray[Any]) -> NDArray[Any]:
         """Append one position; float32 logits (vocab,) of the next."""
         del self._keys[self._decoder.length :]
         logits = self._decoder.step(embed)

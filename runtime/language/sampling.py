@@ -1,8 +1,10 @@
 """Choosing the next token from logits: greedy, or sampling with temperature, top-k and top-p."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 
@@ -36,12 +38,12 @@ class Sampling:
         return np.random.default_rng(self.seed)
 
 
-def greedy(logits: np.ndarray) -> int:
+def greedy(logits: NDArray[Any]) -> int:
     """The most probable token of (vocab,) logits; the lowest id among equals."""
     return int(np.argmax(logits))
 
 
-def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
     """What `sample` draws from: (vocab,) float64 that sum to 1, zero for tokens left out.
 
     Temperature comes first, then top-k, then top-p of what top-k left. Tokens as probable as the last one
@@ -69,7 +71,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return kept / kept.sum()
 
 
-def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
+def sample(logits: NDArray[Any], sampling: Sampling, generator: np.random.Generator) -> int:
     """One token from (vocab,) logits; draws one number from `generator` unless greedy."""
     if sampling.temperature == 0:
         return greedy(logits)

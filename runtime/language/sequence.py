@@ -7,8 +7,10 @@ is the same up to there. Keys are known from sizes and pixels alone, before any 
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from uhd_export.runtime.engines.base import Array
@@ -26,8 +28,8 @@ class PlannedImage:
     image: Image.Image
     plan: SlicePlan
     grid_mode: str
-    source: np.ndarray
-    tokens: np.ndarray
+    source: NDArray[Any]
+    tokens: NDArray[Any]
     digest: str
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ def plan_image(image: Image.Image, settings: Settings, *, side: int, patch: int)
     return PlannedImage(image, plan, settings.grid_mode, source, tokens, content.hexdigest())
 
 
-def place(source: np.ndarray, crops: Sequence[Array], separators: np.ndarray) -> list[Array]:
+def place(source: NDArray[Any], crops: Sequence[Array], separators: NDArray[Any]) -> list[Array]:
     """The rows of an image in order, as few pieces of `crops` and of `separators` as there can be.
 
     `source` numbers the rows of `crops`, (N, D) each, laid end to end, and is -1 at separators (see

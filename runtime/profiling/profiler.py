@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.bundle.manifest import Manifest, part_files
 from uhd_export.runtime.engines.backends import default_device
@@ -262,7 +263,7 @@ def _vision_shares(
 def _summarise(
     pipeline: Pipeline,
     sequence: PromptSequence,
-    runs: Sequence[dict],
+    runs: Sequence[dict[str, Any]],
     shares: Mapping[str, float],
     peak: int | None,
 ) -> ModeProfile:
@@ -285,7 +286,7 @@ def _summarise(
     return ModeProfile(planned.grid_mode, stages, first, 1 / decode.median, peak)
 
 
-def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> dict:
+def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> dict[str, Any]:
     """Seconds of each stage of one answer with nothing cached but geometry; `decode` is a list."""
     pipeline.forget()
     planned = _planned_image(sequence)
@@ -293,7 +294,7 @@ def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> 
     start = clock()
     batches = list(pipeline.encoder.batches(cut(planned.image, planned.plan), planned.grid_mode))
     pixels = clock()
-    tokens: list[np.ndarray] = [np.empty(0)] * len(planned.plan.crop_sizes)
+    tokens: list[NDArray[Any]] = [np.empty(0)] * len(planned.plan.crop_sizes)
     for members, feeds in batches:
         for index, result in zip(members, pipeline.vision.infer(feeds)[TOKENS], strict=True):
             tokens[index] = result

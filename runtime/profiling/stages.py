@@ -5,8 +5,9 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.bundle.manifest import ENGINE_BACKENDS
 from uhd_export.runtime.engines.backends import open_engine
@@ -23,7 +24,7 @@ _WARM_UPS, _RUNS = 1, 3
 
 _NAMED = re.compile(rf"(?<!\w)({'|'.join(VISION_STAGES)})/")
 
-Feeds = Mapping[str, np.ndarray]
+Feeds = Mapping[str, NDArray[Any]]
 
 
 def vision_shares(
@@ -50,7 +51,7 @@ def vision_shares(
     return shares if shares.get(VISION_STAGES[-1]) else {}
 
 
-def stage_shares(events: Sequence[Mapping], runs: int) -> dict[str, float]:
+def stage_shares(events: Sequence[Mapping[str, Any]], runs: int) -> dict[str, float]:
     """Share of each stage in the last `runs` runs of a trace's `events` (Chrome trace format).
 
     Nodes belong to the stage in their name. Those that graph optimizations made or renamed count with

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -24,7 +25,7 @@ from uhd_export.runtime.terminal.quality_report import print_quality as print_qu
 from uhd_export.runtime.terminal.report import format_bytes
 
 
-def describe_bundle(folder: Path, manifest: Manifest) -> dict:
+def describe_bundle(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest ready for JSON, with the folder and its size in bytes."""
     return {"bundle": str(folder), "bytes": total_bytes(manifest), **asdict(manifest)}
 

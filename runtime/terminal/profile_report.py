@@ -1,6 +1,7 @@
 """The profile as tables, next to the paper's figures and what those measure."""
 
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -37,7 +38,7 @@ _NAMES = {
 }
 
 
-def describe_profile(profile: Profile) -> dict:
+def describe_profile(profile: Profile) -> dict[str, Any]:
     """The profile ready for JSON, seconds, bytes and FLOPs as numbers, with the paper's rows."""
     facts = asdict(profile)
     for mode, record in zip(profile.modes, facts["modes"], strict=True):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -32,7 +33,7 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
         console.print(f"by layer and module: {folder / QUALITY_CHART}", soft_wrap=True)
 
 
-def summary_lines(report: dict) -> list[str]:
+def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report's means and whole-model figures, a line each."""
     rtn, gptq = report["mean_rtn_error"], report["mean_gptq_error"]
     less = f" ({1 - gptq / rtn:.0%} less)" if rtn else ""
@@ -57,7 +58,7 @@ def summary_lines(report: dict) -> list[str]:
     return lines
 
 
-def worst_linears(report: dict) -> Table:
+def worst_linears(report: dict[str, Any]) -> Table:
     """The layers with the largest error after GPTQ."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"largest errors of {len(report['linears'])} linear layers", overflow="fold")

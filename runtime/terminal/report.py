@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -26,7 +27,9 @@ TEXT_TOKENS = 52
 REFERENCE_MODEL = "Vicuna-7B"
 
 
-def describe_plan(plan: SlicePlan, *, grid_mode: str = "selective", model: str = REFERENCE_MODEL) -> dict:
+def describe_plan(
+    plan: SlicePlan, *, grid_mode: str = "selective", model: str = REFERENCE_MODEL
+) -> dict[str, Any]:
     """What follows from `plan`, ready for JSON. Sizes, grids and patches are [width, height].
 
     `refused` says why the official `model` with three levels cannot run it, or is None; `costs` are for
@@ -72,7 +75,7 @@ def _refused(plan: SlicePlan, config: ModelConfig, mode: str) -> str | None:
     return None
 
 
-def _costs(plan: SlicePlan, config: ModelConfig, model: str, positions: int, mode: str) -> dict:
+def _costs(plan: SlicePlan, config: ModelConfig, model: str, positions: int, mode: str) -> dict[str, Any]:
     stages = {}
     for kind, folded in (("released", False), ("exported", True)):
         costs = stage_costs(plan.patch_grids, config, positions, folded=folded, grid_mode=mode)
@@ -90,12 +93,12 @@ def _costs(plan: SlicePlan, config: ModelConfig, model: str, positions: int, mod
     }
 
 
-def print_json(facts: dict) -> None:
+def print_json(facts: dict[str, Any]) -> None:
     """Print `facts` as JSON, for machines."""
     print(json.dumps(facts, indent=2))
 
 
-def print_plan(facts: dict, console: Console | None = None) -> None:
+def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
     """Print the facts of `describe_plan` as tables."""
     console = console or Console()
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
@@ -121,7 +124,7 @@ def print_plan(facts: dict, console: Console | None = None) -> None:
     _print_costs(facts["costs"], console)
 
 
-def _print_costs(costs: dict, console: Console) -> None:
+def _print_costs(costs: dict[str, Any], console: Console) -> None:
     title = f"{costs['model']}, {costs['positions']} positions ({TEXT_TOKENS} of text)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("GFLOP")
@@ -139,7 +142,7 @@ def _size(size: list[int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _crop(crop: dict) -> str:
+def _crop(crop: dict[str, Any]) -> str:
     return (
         f"{_size(crop['size'])} ({_size(crop['patches'])} patches, {crop['keys_per_window']} keys a window)"
     )

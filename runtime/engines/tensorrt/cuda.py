@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 
@@ -51,12 +51,12 @@ class Cuda:
         """Queue filling memory with zeros."""
         self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
 
-    def copy_in(self, address: int, array: np.ndarray) -> None:
+    def copy_in(self, address: int, array: NDArray[Any]) -> None:
         """Queue the copy of a contiguous array to the device; the array may be changed on return."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
 
-    def copy_out(self, array: np.ndarray, address: int) -> None:
+    def copy_out(self, array: NDArray[Any], address: int) -> None:
         """Queue the copy of device memory to a contiguous array; read it after `synchronize`."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Binding, Engine, check_feeds
 from uhd_export.runtime.engines.tensorrt.backend import (
@@ -73,7 +74,7 @@ class TensorrtEngine(Engine):
         """The engine's own figure for activations at the largest shapes of any profile."""
         return self._engine.device_memory_size_v2
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`. Feeds may be device arrays too."""
         check_feeds(feeds, self.inputs, {})
         with plugin_errors(self._plugins):
@@ -87,11 +88,11 @@ class TensorrtEngine(Engine):
         inplace = self.record.aliases
         return {name: self._copy(array) if name in inplace else array for name, array in outputs.items()}
 
-    def gather(self, pieces: Sequence[Array], dtype: np.dtype) -> DeviceArray:
+    def gather(self, pieces: Sequence[Array], dtype: np.dtype[Any]) -> DeviceArray:
         """(S, D) rows of all pieces on the device; see `memory.gather`."""
         return gather(self.cuda, pieces, dtype)
 
-    def fetch(self, array: Array) -> np.ndarray:
+    def fetch(self, array: Array) -> NDArray[Any]:
         """A copy of `array` on the host."""
         return array.numpy(self.cuda) if isinstance(array, DeviceArray) else array
 
@@ -132,7 +133,7 @@ class TensorrtEngine(Engine):
             self._jit.save()
         self._jit.handle = self._engine = self._runtime = self._single = None
 
-    def _fetch(self, arrays: Mapping[str, DeviceArray]) -> dict[str, np.ndarray]:
+    def _fetch(self, arrays: Mapping[str, DeviceArray]) -> dict[str, NDArray[Any]]:
         out = {name: np.empty(array.shape, array.dtype) for name, array in arrays.items()}
         for name, array in arrays.items():
             self.cuda.copy_out(out[name], array.address)
@@ -210,12 +211,12 @@ class TensorrtBinding(Binding):
         bound = {name: self._arrays[past] for past, present in shared.items() for name in (past, present)}
         self._context = engine.context(bound, graphs=True)
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`. Feeds may be device arrays too, which are read where they are."""
         check_feeds(feeds, self._engine.inputs, self._shared)
         return self._engine._fetch(self._context.run(feeds))
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""
         return self._arrays[name].numpy(self._engine.cuda)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda
 from uhd_export.runtime.errors import UhdError
@@ -92,10 +93,10 @@ class DeviceArray:
     """Kept so that the memory lives as long as its views."""
     address: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
     @classmethod
-    def allocate(cls, cuda: Cuda, shape: Sequence[int], dtype: np.dtype) -> Self:
+    def allocate(cls, cuda: Cuda, shape: Sequence[int], dtype: np.dtype[Any]) -> Self:
         """An array with memory of its own."""
         dtype, shape = np.dtype(dtype), tuple(shape)
         buffer = Buffer(cuda, max(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, 1))
@@ -132,13 +133,13 @@ class DeviceArray:
         row = self.nbytes // max(len(self), 1)
         return DeviceArray(self.buffer, self.address + start * row, shape, self.dtype)
 
-    def astype(self, dtype: np.dtype, *, copy: bool = True) -> Self:
+    def astype(self, dtype: np.dtype[Any], *, copy: bool = True) -> Self:
         """Itself; TypeError where the type differs, because nothing converts on the device."""
         if np.dtype(dtype) != self.dtype or copy:
             raise TypeError(f"a device array of {self.dtype} cannot become {np.dtype(dtype)}")
         return self
 
-    def numpy(self, cuda: Cuda) -> np.ndarray:
+    def numpy(self, cuda: Cuda) -> NDArray[Any]:
         """A copy on the host."""
         array = np.empty(self.shape, self.dtype)
         cuda.copy_out(array, self.address)
@@ -146,10 +147,10 @@ class DeviceArray:
         return array
 
 
-Array = np.ndarray | DeviceArray
+Array = NDArray[Any] | DeviceArray
 
 
-def gather(cuda: Cuda, pieces: Sequence[Array], dtype: np.dtype) -> DeviceArray:
+def gather(cuda: Cuda, pieces: Sequence[Array], dtype: np.dtype[Any]) -> DeviceArray:
     """(S, D) rows of all `pieces`, (n, D) each, one after the other in memory of its own.
 
     Pieces on the host are converted to `dtype` and copied in; those on the device must be of it.

@@ -1,0 +1,1 @@
+/work/wt/rt/uhd_export/__init__.py
