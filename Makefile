@@ -1,5 +1,6 @@
 # make test    every test          make demo    build, check, ask and profile the embedded model
-# make lint    style               make clean   remove what these made (not .venv)
+# make quick   the quick tests     make clean   remove what these made (not .venv)
+# make lint    style and types
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
@@ -20,7 +21,7 @@ QUESTION := What is the code on the red card?
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 4
+	@sed -n 's/^# //p' Makefile | head -n 5
 
 $(READY): pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
@@ -34,6 +35,10 @@ $(READY): pyproject.toml
 test: $(READY)
 	@echo "==> tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=15 --durations-min=1
+
+quick: $(READY)
+	@echo "==> tests that are quick"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 # The GPU wheel writes over the CPU's in one environment: it has one of its own, which finds the rest in .venv.
 GPU_VENV := .venv-gpu
