@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def process(*arguments, stderr=subprocess.PIPE, **options):
-    command = [sys.executable, "-m", "cli", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "uhd_export", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=stderr, text=True, **options
     )

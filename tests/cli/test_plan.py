@@ -205,7 +205,7 @@ def test_ctrl_c_while_the_program_starts_is_no_traceback(tmp_path):
     """A click that waits stands for imports that take long."""
     (tmp_path / "click.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-m", "cli", "--help"]
+    command = [sys.executable, "-P", "-m", "uhd_export", "--help"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

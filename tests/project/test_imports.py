@@ -1,11 +1,13 @@
 """The runtime must load on a device that has neither PyTorch nor transformers."""
 
 import json
+import os
 import pkgutil
 import subprocess
 import sys
 
 import pytest
+from support.source_tree import ROOT
 
 from uhd_export import runtime
 
@@ -43,3 +45,14 @@ def test_the_command_line_starts_light(module):
 
 def test_the_probe_sees_heavy_imports():
     assert "safetensors" in loaded_by("safetensors")
+
+
+def test_the_front_door_of_a_clone(tmp_path):
+    """`python cli.py` is the command, from any folder; a folder of a room's name there is not executed."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("raise SystemExit('a rival ran')")
+    command = [sys.executable, ROOT / "cli.py", "plan", "1008x672", "--json"]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["slice_grid"] == [3, 2]
