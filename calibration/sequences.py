@@ -69,15 +69,14 @@ def conversation_ids(
     tokenizer: Tokenizer, pair: Pair, template: str, eos: int | None
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation, IMAGE_ID in place, and how many of them are its first prompt."""
-    prefix = tokenizer.encode("").ids
+    prefix = prompts.opening(tokenizer)
     first = prompts.render(pair.turns[0].question, template, len(pair.images))
     ids = prompts.encode(tokenizer, first)
     prompt = len(ids)
     for index, turn in enumerate(pair.turns):
         if index:
             further = prompts.FOLLOW_UPS[template].replace("{question}", turn.question)
-            more = prompts.encode(tokenizer, further)
-            ids += more[len(prefix) :] if more[: len(prefix)] == prefix else more
+            ids += prompts.encode(tokenizer, further)[len(prefix) :]
         if turn.answer is not None:
             ids += tokenizer.encode(turn.answer, add_special_tokens=False).ids
     if eos is not None and pair.turns[-1].answer is not None:

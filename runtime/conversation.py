@@ -47,9 +47,7 @@ class Conversation:
 
     def _turn(self, question: str, history: list[int]) -> list[int]:
         """Token ids that this question adds. Follow-ups begin with what closes the previous answer."""
-        template, tokenizer = self._template, self._generator.tokenizer
-        if not history:
-            return prompts.encode(tokenizer, prompts.render(question, template, len(self._images)))
-        ids = prompts.encode(tokenizer, prompts.FOLLOW_UPS[template].replace("{question}", question))
-        prefix = tokenizer.encode("").ids
-        return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+        images = 0 if history else len(self._images)
+        return prompts.encode_question(
+            self._generator.tokenizer, question, self._template, images, follow_up=bool(history)
+        )

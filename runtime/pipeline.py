@@ -174,14 +174,19 @@ class Pipeline:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        markup: bool = False,
     ) -> Answer:
         """The answer to `question` in the bundle's prompt template, in pieces as they are generated.
 
         Greedy at temperature 0. The image and the options are checked at once, the rest runs while the
-        answer is read. What the prompt shares with the previous one is not computed again.
+        answer is read. What the prompt shares with the previous one is not computed again. The question is
+        text; with `markup`, the `<image>` and control tokens that it spells out count.
         """
         watch, images = Stopwatch(), as_images(image)
-        prompt = prompts.render(question, self.settings.template, len(images))
+        template, tokenizer = self.settings.template, self.generator.tokenizer
+        prompt: str | list[int] = prompts.render(question, template, len(images))
+        if not markup:
+            prompt = prompts.encode_question(tokenizer, question, template, len(images))
         sampling = Sampling(temperature, top_k, top_p, seed)
         with watch.stage("image"):
             sequence = self.sequence(images, prompt)
@@ -197,6 +202,7 @@ class Pipeline:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        markup: bool = False,
     ) -> str:
         """The whole answer to `question` as one text; see `generate`."""
         pieces = self.generate(
@@ -207,6 +213,7 @@ class Pipeline:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            markup=markup,
         )
         return "".join(pieces)
 

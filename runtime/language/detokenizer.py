@@ -1,15 +1,45 @@
 """Streaming text: tokens in, text out as soon as it is certain."""
 
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
 from tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of `ids` without special tokens; each cut character is one U+FFFD.
+
+    Where tokens are bytes, the library replaces every byte of a run that holds a wrong one, the right
+    characters in it too.
+    """
+    text = tokenizer.decode(ids)
+    if _INCOMPLETE not in text or tokenizer.decoder is None or tokenizer.token_to_id("<0x00>") is None:
+        return text
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    tokens = [tokenizer.id_to_token(number) for number in ids if number not in special]
+    return tokenizer.decoder.decode(_valid([token for token in tokens if token is not None]))
+
+
+def _valid(tokens: list[str]) -> list[str]:
+    """`tokens` with one U+FFFD in place of the bytes of each character that is cut."""
+    out: list[str] = []
+    for is_bytes, run in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
+        if not is_bytes:
+            out += run
+            continue
+        text = bytes(int(token[3:5], 16) for token in run).decode(errors="replace")
+        for character in text:
+            known = character != _INCOMPLETE
+            out += [f"<0x{byte:02X}>" for byte in character.encode()] if known else [_INCOMPLETE]
+    return out
 
 
 class Detokenizer:
-    """Turns a growing list of ids into pieces of text whose sum is the decoded whole, where that is valid.
-
-    After a byte that is no UTF-8 a tokenizer may replace right characters before it too, which are shown by
-    then.
+    """Turns a growing list of ids into pieces of text whose sum is the decoded whole.
 
     A character may take several tokens, and how a token reads may depend on the one before it, so a
     window of recent tokens is decoded twice, without and with the new one, and the difference is
@@ -38,5 +68,5 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = decode(self._tokenizer, self._ids[self._start : self._shown])
+        return decode(self._tokenizer, self._ids[self._start :])[len(before) :]

@@ -1,9 +1,10 @@
 """Prompts: conversation templates and ids with a marker where the image goes."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from uhd_export.runtime.errors import UhdError
 
@@ -31,11 +32,15 @@ FOLLOW_UPS = {
 
 def render(question: str, template: str, images: int = 1) -> str:
     """The full prompt for `question`, with one `<image>` line an image unless it has its own."""
-    if template not in TEMPLATES:
-        raise UhdError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
+    _known(template)
     if IMAGE not in question:
         question = (IMAGE + "\n") * images + question
     return TEMPLATES[template].replace("{question}", question)
+
+
+def _known(template: str) -> None:
+    if template not in TEMPLATES:
+        raise UhdError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -52,14 +57,66 @@ def encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of `prompt`, with IMAGE_ID for each `<image>`; ids pass through unchanged.
 
     Each piece between images is tokenized on its own and the beginning-of-text token is kept once,
-    as `tokenizer_image_token` of the released code does.
+    as `tokenizer_image_token` of the released code does. An end-of-text token that the tokenizer would
+    put behind each piece is left out: a prompt is to be continued.
     """
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
-    pieces = [tokenizer.encode(piece).ids for piece in prompt.split(IMAGE)]
-    prefix = tokenizer.encode("").ids
-    ids = list(pieces[0])
-    for piece in pieces[1:]:
-        ids.append(IMAGE_ID)
-        ids.extend(piece[len(prefix) :] if piece[: len(prefix)] == prefix else piece)
+    return _encode(tokenizer, prompt.split(IMAGE))
+
+
+def encode_question(
+    tokenizer: Tokenizer, question: str, template: str, images: int = 0, *, follow_up: bool = False
+) -> list[int]:
+    """Token ids of `question` in its template: the question is text, whatever it looks like.
+
+    A first question follows a line of `<image>` for each of `images`; with `follow_up` it follows
+    an answer, and no beginning-of-text token leads. Where it spells out control tokens or `<image>`,
+    the template's own are told from them by a character that the question does not hold.
+    """
+    _known(template)
+    text = FOLLOW_UPS[template] if follow_up else TEMPLATES[template]
+    before, after = text.split("{question}")
+    before += (IMAGE + "\n") * images
+    controls = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if any(token in question for token in (IMAGE, *controls)):
+        ids = _encode_literally(tokenizer, controls, before, question, after)
+    else:
+        ids = encode(tokenizer, before + question + after)
+    return ids[len(opening(tokenizer)) :] if follow_up else ids
+
+
+def _encode_literally(
+    tokenizer: Tokenizer, controls: list[str], before: str, question: str, after: str
+) -> list[int]:
+    """As `encode`, with control tokens and images in `before` and `after` only."""
+    mark = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in question), None)
+    if mark is None:
+        raise UhdError("question: holds every noncharacter of Unicode; take them out")
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True  # so that they are text; the marked ones are no special tokens
+    ids = {}
+    for token in controls:
+        plain.add_tokens([AddedToken(mark + token, normalized=False, special=False)])
+        ids[plain.token_to_id(mark + token)] = tokenizer.token_to_id(token)
+    pattern = re.compile("|".join(map(re.escape, sorted([IMAGE, *controls], key=len, reverse=True))))
+    before, after = (pattern.sub(lambda match: mark + match[0], text) for text in (before, after))
+    return [ids.get(i, i) for i in _encode(plain, (before + question + after).split(mark + IMAGE))]
+
+
+def _encode(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
+    """Ids of the pieces between images, after the beginning-of-text token."""
+    ids = opening(tokenizer)
+    for number, piece in enumerate(pieces):
+        ids += [IMAGE_ID] * (number > 0) + tokenizer.encode(piece, add_special_tokens=False).ids
     return ids
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer puts before every text; those that it would put behind are left out."""
+    both = tokenizer.encode("").ids
+    bare, framed = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for count in range(len(both), 0, -1):
+        if framed == both[:count] + bare + both[count:]:
+            return both[:count]
+    return []

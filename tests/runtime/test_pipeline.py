@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.detokenizer import Detokenizer
+from uhd_export.runtime.language.detokenizer import Detokenizer, decode
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.prompt import IMAGE_ID
 from uhd_export.runtime.language.sequence import PromptSequence
@@ -230,10 +230,16 @@ def test_pictures_are_known_before_they_are_encoded(fresh, counted):
 
 @given(ids=st.lists(st.integers(1, 300), max_size=30))
 def test_streamed_text_is_the_decoded_whole(tokenizer, ids):
-    detokenizer, whole = Detokenizer(tokenizer), tokenizer.decode(ids)
+    detokenizer, whole = Detokenizer(tokenizer), decode(tokenizer, ids)
     text = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
-    # A wrong byte makes the tokenizer replace the right ones before it as well, which are shown by then.
-    assert text == whole or "\ufffd" in whole
+    assert text == whole
+    assert whole == tokenizer.decode(ids) or "\ufffd" in whole
+
+
+@given(text=st.text(min_size=1, max_size=8), cut=st.integers(1, 3))
+def test_a_cut_character_is_one_replacement_and_the_others_stay(tokenizer, text, cut):
+    raw = text.encode()[:-cut]
+    assert decode(tokenizer, [3 + byte for byte in raw]) == raw.decode(errors="replace")
 
 
 @given(text=st.text(max_size=20))

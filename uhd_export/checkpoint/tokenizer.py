@@ -26,13 +26,14 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
     Raises UhdError where there is none, or where it is broken or of a kind that is not supported.
     """
     folder = Path(folder)
+    settings = _settings(folder)
     if (folder / "tokenizer.json").is_file():
         try:
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
-            raise UhdError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
-    settings = _settings(folder)
-    if (folder / "tokenizer.model").is_file():
+            reason = str(error).splitlines()[0][:200]
+            raise UhdError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({reason})") from None
+    elif (folder / "tokenizer.model").is_file():
         tokenizer = _llama(folder / "tokenizer.model", settings)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokenizer = _qwen2(folder)
@@ -42,7 +43,15 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
             "copy the base language model's into it"
         )
     _add_tokens(tokenizer, folder, settings)
+    # Left by whoever trained with it; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One past the highest id, to which the released code cuts a model's vocabulary."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _settings(folder: Path) -> dict:
@@ -144,6 +153,8 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> None:
         flags = {name: bool(entry.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
         added[int(number)] = _token(entry["content"], **flags)
     for number, token in sorted(added.items()):
+        if number in tokenizer.get_added_tokens_decoder() and tokenizer.id_to_token(number) == token.content:
+            continue
         add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
         add([token])
         if tokenizer.token_to_id(token.content) != number:

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from support.refusals import one_line_error
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
-from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, vocabulary_size
 from uhd_export.runtime.language.prompt import IMAGE_ID, encode
 
 WORDS = [
@@ -188,6 +188,32 @@ def test_tokenizer_json_comes_first(folder, llama_model):
     words = Tokenizer(models.WordLevel({"red": 5}, unk_token="red"))
     path = folder(tokenizer__model=llama_model, tokenizer__json=words.to_str())
     assert checkpoint_tokenizer(path).encode("red").ids == [5]
+
+
+def test_what_training_left_in_tokenizer_json_does_nothing_to_a_prompt(folder, llama):
+    plain, _ = llama
+    text = "the code on the red card " * 20
+    left = Tokenizer.from_str(plain.to_str())
+    left.enable_truncation(8)
+    left.enable_padding(length=64, pad_id=0, direction="left")
+    assert (
+        checkpoint_tokenizer(folder(tokenizer__json=left.to_str())).encode(text).ids == plain.encode(text).ids
+    )
+
+
+@pytest.mark.parametrize("beside", ["added_tokens__json", "tokenizer_config__json"])
+def test_tokens_added_beside_tokenizer_json_count(folder, llama, beside):
+    plain, library = llama
+    size = plain.get_vocab_size()
+    added = {"<box>": size, "</s>": 2}
+    if beside == "tokenizer_config__json":
+        added = {"added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in added.items()}}
+    converted = checkpoint_tokenizer(folder(tokenizer__json=plain.to_str(), **{beside: added}))
+    expected = [1, *library.encode("red"), size, *library.encode("card"), 2]
+    assert converted.encode("red<box>card</s>").ids == expected
+    assert vocabulary_size(converted) == vocabulary_size(plain) + 1 == size + 1
+    contradiction = {"added_tokens__json": {"<box>": size + 5}}
+    refused(folder(tokenizer__json=plain.to_str(), **contradiction), "added token '<box>' has id")
 
 
 QWEN_TEXTS = (
