@@ -32,14 +32,15 @@ from uhd_export.plugins.roofline import (
     SCALES,
     SIDE,
     Device,
-    Work,
-    jbu_work,
-    window_work,
+    floor,
+    jbu_cost,
+    window_cost,
 )
 from uhd_export.plugins.window_attention import torch_op as window
 from uhd_export.plugins.window_attention.launch import LevelShape
 from uhd_export.plugins.window_attention.reference import Level
 from uhd_export.runtime.image.geometry import bicubic, crop_geometry, reflect_pad
+from uhd_export.runtime.profiling.costs import Cost
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # |a - b| / |b|
 FLUSH_BYTES = 256 << 20
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     kernel: Callable[..., Tensors]
     eager: Callable[..., Tensors]
     inputs: Tensors
-    work: Work
+    cost: Cost
 
 
 def jbu_kernel(*inputs: torch.Tensor) -> Tensors:
@@ -102,7 +103,7 @@ def jbu_case(batch: int, rows: int, cols: int, channels: int, dtype: torch.dtype
     }
     inputs = [values[name].to(device, dtype) for name in INPUTS]
     name = f"jbu {batch}x{rows}x{cols} to {2 * rows}x{2 * cols}"
-    return Case(name, jbu_kernel, jbu_eager, inputs, jbu_work(batch, rows, cols, channels))
+    return Case(name, jbu_kernel, jbu_eager, inputs, jbu_cost(batch, rows, cols, channels))
 
 
 def window_case(
@@ -125,9 +126,9 @@ def window_case(
         )
         shapes.append(LevelShape(rows * scale, cols * scale, matrices[0].shape[1], matrices[1].shape[1]))
     query_position = torch.randn(windows, queries, windows, generator=made)
-    work = window_work(shapes, batch=batch, side=side, queries=queries, channels=channels)
+    cost = window_cost(shapes, batch=batch, side=side, queries=queries, channels=channels)
     inputs = [tensor.to(device, dtype) for tensor in (query_position, *levels)]
-    return Case(f"window attention {batch}x{rows}x{cols}", window_kernel, window_eager, inputs, work)
+    return Case(f"window attention {batch}x{rows}x{cols}", window_kernel, window_eager, inputs, cost)
 
 
 def cases(dtype: torch.dtype, device: str = "cuda") -> list[Case]:
@@ -198,11 +199,11 @@ def measure(case: Case, dtype: str, device: Device, repeats: int) -> dict:
     compiled = torch.compile(case.eager, dynamic=False)
     calls = {"kernel": case.kernel, "eager": case.eager, "compiled": compiled}
     times = {name: milliseconds(lambda c=call: c(*case.inputs), repeats) for name, call in calls.items()}
-    floor = 1e3 * case.work.floor(device, case.inputs[0].element_size())
+    least = 1e3 * floor(case.cost, device, case.inputs[0].element_size())
     return {
         "error": off,
-        "floor_ms": floor,
-        "over_floor": times["kernel"]["median"] / floor,
+        "floor_ms": least,
+        "over_floor": times["kernel"]["median"] / least,
         **{f"{name}_ms": time for name, time in times.items()},
         "speedup_eager": times["eager"]["median"] / times["kernel"]["median"],
         "speedup_compiled": times["compiled"]["median"] / times["kernel"]["median"],

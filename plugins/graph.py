@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import DTypeLike
 
+from uhd_export.runtime.progress import Progress
+
 OPSET = 23
 IR_VERSION = 10
 PLUGIN_DOMAIN = "uhd"
@@ -15,7 +17,6 @@ CONTRIB_DOMAIN = "com.microsoft"
 
 Dim = int | str
 Attribute = str | int | float | Sequence[int] | Sequence[float]
-Progress = Callable[[int, int], None]
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
@@ -89,13 +90,14 @@ class GraphBuilder:
         array = np.asarray(array, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            tensor = ir.Tensor(array, name=f"constant_{len(self._constants)}")
+            name = f"constant_{len(self._constants)}"
+            tensor = ir.Tensor(array, name=name)
             if self._is_function:
                 node = ir.node("Constant", [], {"value": tensor})
                 self._nodes.append(node)
                 self._constants[key] = node.outputs[0]
             else:
-                self._constants[key] = self._initializer(tensor.name, tensor)
+                self._constants[key] = self._initializer(name, tensor)
         return self._constants[key]
 
     def op(
@@ -182,7 +184,7 @@ class GraphBuilder:
             callback=callback,
         )
 
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def _initializer(self, name: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
         if name not in self._initializers:
             value = ir.Value(
                 name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,14 @@ from uhd_export.plugins.launch import Launch, Scratch
 from uhd_export.runtime.errors import UhdError
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShapeRanges:
+    """The smallest and largest shape of every input, by name, that an engine is built for."""
+
+    min: Mapping[str, Shape]
+    max: Mapping[str, Shape]
 
 
 class Operator(ABC):
@@ -49,10 +58,8 @@ class Operator(ABC):
         """Launches for inputs of these shapes, and the scratch buffer that they share."""
 
     @abstractmethod
-    def variants(
-        self, least: Mapping[str, Shape], most: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
-    ) -> Iterable[Launch]:
-        """A launch of every kernel that shapes between `least` and `most` may need."""
+    def variants(self, shapes: "ShapeRanges", attributes: Mapping[str, int], dtype: str) -> Iterable[Launch]:
+        """A launch of every kernel that inputs within these ranges may need."""
 
     @abstractmethod
     def expected(
@@ -80,17 +87,16 @@ class Dims:
         return self._builder.operation(self._trt.DimensionOperation.FLOOR_DIV, a, b)
 
 
-def named_dtype(trt: ModuleType, dtype: Any) -> str | None:
-    """Our name of a TensorRT data type; None where kernels do not know it."""
-    known = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
-    return known.get(dtype)
+def kernel_dtypes(trt: ModuleType) -> dict[Any, str]:
+    """Our names of the TensorRT data types that kernels exist for."""
+    return {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
 
 
 def check_types(*, operator: Operator, names: Sequence[str], trt: ModuleType, types: Sequence[Any]) -> None:
     """Raise UhdError where the inputs are too few, too many, or not all of one type that kernels know."""
     _check_count(operator, names, types)
     for name, kind in zip(names, types, strict=True):
-        if named_dtype(trt, kind) is None or kind != types[0]:
+        if kind not in kernel_dtypes(trt) or kind != types[0]:
             raise UhdError(
                 f"operator {operator.name}: input {name} has type {kind.name}, {names[0]} {types[0].name}; "
                 "all must be FLOAT, all HALF or all BF16"

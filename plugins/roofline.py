@@ -15,6 +15,7 @@ import numpy as np
 
 from uhd_export.plugins.window_attention.launch import LevelShape
 from uhd_export.runtime.image.geometry import bin_grid, roi_align
+from uhd_export.runtime.profiling.costs import Cost
 
 TAPS, RANGE, COLOURS, FIXUP_IN = 49, 32, 3, 52
 CROPS = ((6, 24, 24), (1, 19, 29))  # batch, rows, columns of patches at 1008x672
@@ -39,22 +40,12 @@ DEVICES = (
 KNOWN_DEVICES = (*DEVICES, Device("H100", 3.35e12, 989e12), Device("A100", 2.0e12, 312e12))
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one call does at least: FLOPs, and elements read and written."""
-
-    flops: int
-    elements: int
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.elements + other.elements)
-
-    def floor(self, device: Device, size: int = 2) -> float:
-        """Least seconds on `device`, elements being of `size` bytes."""
-        return max(self.elements * size / device.bandwidth, self.flops / device.flops)
+def floor(cost: Cost, device: Device, size: int = 2) -> float:
+    """Least seconds that `cost` takes on `device`, elements being of `size` bytes."""
+    return max(cost.elements * size / device.bandwidth, cost.flops / device.flops)
 
 
-def jbu_work(batch: int, height: int, width: int, channels: int) -> Work:
+def jbu_cost(batch: int, height: int, width: int, channels: int) -> Cost:
     """One JBU stage of a (batch, height, width, channels) source; weights and matrices are negligible."""
     pixels = 4 * batch * height * width
     features = COLOURS * RANGE + RANGE * RANGE
@@ -62,13 +53,13 @@ def jbu_work(batch: int, height: int, width: int, channels: int) -> Work:
     # Bicubic doubling takes 4 taps for a row, then 4 for a column of twice as many rows.
     doubling = (4 + 2) * channels
     per_pixel = features + TAPS * RANGE + fixup + doubling + TAPS * channels
-    return Work(
+    return Cost(
         flops=2 * pixels * per_pixel,
-        elements=batch * height * width * channels + pixels * (COLOURS + channels),
+        activations=batch * height * width * channels + pixels * (COLOURS + channels),
     )
 
 
-def window_work(levels: Sequence[LevelShape], *, batch: int, side: int, queries: int, channels: int) -> Work:
+def window_cost(levels: Sequence[LevelShape], *, batch: int, side: int, queries: int, channels: int) -> Cost:
     """Window attention over `levels`; queries are shared by the crops of a call."""
     windows, flops, elements = side * side, 0, 0
     for height, width, bins_y, bins_x in levels:
@@ -81,27 +72,27 @@ def window_work(levels: Sequence[LevelShape], *, batch: int, side: int, queries:
         elements += batch * height * width * (channels + 1)
         elements += windows * queries * (channels + 2)
         elements += batch * windows * queries * (channels + 2)
-    return Work(flops, elements + windows * queries * windows)
+    return Cost(flops, activations=elements + windows * queries * windows)
 
 
-def image_work() -> dict[str, Work]:
-    """Both ops' work for one 1008x672 image at real size, levels 1x, 2x and 4x, selective grids."""
-    jbu = window = Work(0, 0)
+def image_costs() -> dict[str, Cost]:
+    """What both ops cost for one 1008x672 image at real size, levels 1x, 2x and 4x, selective grids."""
+    jbu = window = Cost()
     for batch, rows, cols in CROPS:
         for scale in SCALES[:-1]:
-            jbu += jbu_work(batch, rows * scale, cols * scale, CHANNELS)
+            jbu += jbu_cost(batch, rows * scale, cols * scale, CHANNELS)
         levels = [LevelShape(rows * s, cols * s, *bin_grid(rows, cols, s, "selective")) for s in SCALES]
-        window += window_work(levels, batch=batch, side=SIDE, queries=QUERIES, channels=CHANNELS)
+        window += window_cost(levels, batch=batch, side=SIDE, queries=QUERIES, channels=CHANNELS)
     return {"JBU": jbu, "WindowAttention": window}
 
 
 def note(op: str) -> str:
-    """One line: the work of `op` for one image in float16 and its floor on each device."""
-    work = image_work()[op]
-    floors = ", ".join(f"{d.name} {1e3 * work.floor(d):.2f} ms" for d in DEVICES)
-    return f"{work.elements * 2 / 1e6:.0f} MB and {work.flops / 1e9:.1f} GFLOP; floors: {floors}"
+    """One line: what `op` costs for one image in float16, and its floor on each device."""
+    cost = image_costs()[op]
+    floors = ", ".join(f"{d.name} {1e3 * floor(cost, d):.2f} ms" for d in DEVICES)
+    return f"{cost.elements * 2 / 1e6:.0f} MB and {cost.flops / 1e9:.1f} GFLOP; floors: {floors}"
 
 
 if __name__ == "__main__":
-    for op in image_work():
+    for op in image_costs():
         print(f"{op}: {note(op)}")

@@ -1,24 +1,27 @@
 """Progress on the terminal's error stream, silent where that is no terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
+
+Progress = Callable[[int, int], None]
+"""How every long task tells how far it is: called with (done, total)."""
 
 
 class Bar:
     """One line of progress."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, steps: int = 1) -> None:
@@ -44,7 +47,7 @@ def progress_bar(label: str, total: int | None = None, *, show: bool = True) -> 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
+    with RichProgress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
         yield Bar(progress, progress.add_task(label, total=total))
 
 

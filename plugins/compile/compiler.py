@@ -113,6 +113,8 @@ def _work(items: Sequence[tuple[Path, Request]]) -> None:
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment) as worker,
     ):
+        if worker.stdin is None or worker.stdout is None:
+            raise RuntimeError("the worker has no pipes")
         for path, request in items:
             try:
                 worker.stdin.write(json.dumps(asdict(request)) + "\n")

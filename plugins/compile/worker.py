@@ -70,8 +70,10 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", log).groups()
-    return {"registers": int(registers), "spilled": int(stack)}
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", log)
+    if usage is None:
+        raise RuntimeError("cuobjdump tells neither registers nor stack")
+    return {"registers": int(usage[1]), "spilled": int(usage[2])}
 
 
 if __name__ == "__main__":

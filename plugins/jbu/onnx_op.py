@@ -78,10 +78,9 @@ def _plain_body() -> ir.Function:
     shape = b.concat_shape(b.dim(tall, 0), b.dim(tall, 1), b.dim(wide, 2), b.dim(wide, 3))
     up = b.op("Reshape", tall, shape)
     weights = b.ops("Split", kernels, axis=-1, num_outputs=KERNEL * KERNEL, outputs=KERNEL * KERNEL)
-    out = None
-    for tap, weight in enumerate(weights):
-        term = b.op("Mul", weight, shifted(up, tap))
-        out = term if out is None else b.op("Add", out, term)
+    out = b.op("Mul", weights[0], shifted(up, 0))
+    for tap, weight in enumerate(weights[1:], 1):
+        out = b.op("Add", out, b.op("Mul", weight, shifted(up, tap)))
     b.output(out, "upsampled")
     return b.function()
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from uhd_export.plugins.jbu.launch import INPUTS, OUTPUTS, plan
 from uhd_export.plugins.launch import Launch, Scratch
-from uhd_export.plugins.operator import Dims, Operator, Shape
+from uhd_export.plugins.operator import Dims, Operator, Shape, ShapeRanges
 
-WEIGHTS = {
+WEIGHTS: dict[str, tuple[int | None, ...]] = {
     "range_in_weight": (3, 32),
     "range_in_bias": (32,),
     "range_out_weight": (32, 32),
@@ -56,13 +56,12 @@ class JbuOperator(Operator):
         self, shapes: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
     ) -> tuple[tuple[Launch, ...], Scratch]:
         """From the source's shape."""
-        return plan(*shapes["source"], dtype)
+        batch, height, width, channels = shapes["source"]
+        return plan(batch, height, width, channels, dtype)
 
-    def variants(
-        self, least: Mapping[str, Shape], most: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
-    ) -> Iterable[Launch]:
+    def variants(self, shapes: ShapeRanges, attributes: Mapping[str, int], dtype: str) -> Iterable[Launch]:
         """The same two kernels serve all shapes."""
-        return self.plan(most, attributes, dtype)[0]
+        return self.plan(shapes.max, attributes, dtype)[0]
 
     def expected(
         self, shapes: Mapping[str, Sequence[int | None]], attributes: Mapping[str, int]

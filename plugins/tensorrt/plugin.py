@@ -3,7 +3,8 @@
 While an engine is built, a plugin compiles its kernels (Triton; no GPU) for the types and shapes of the
 profiles and puts them, as PTX, into its serialized fields. On the device it launches them. Works with
 TensorRT-RTX and TensorRT alike. `register` must run in the process that builds and in the one that
-loads the engine. The classes are made once TensorRT is imported, because they derive from its own.
+loads the engine. The classes are made once TensorRT is imported, because they derive from its own; it has no
+type hints, so that its classes and objects are `Any` here and in `uhd_export.tensorrt`.
 """
 
 import functools
@@ -18,10 +19,10 @@ from uhd_export.plugins.launch import Launch
 from uhd_export.plugins.operator import (
     Dims,
     Operator,
-    Shape,
+    ShapeRanges,
     check_shapes,
     check_types,
-    named_dtype,
+    kernel_dtypes,
     read_attributes,
 )
 from uhd_export.plugins.operators import operators
@@ -55,7 +56,7 @@ class Build:
 
     def __init__(self, capabilities: Sequence[int]) -> None:
         self.capabilities = tuple(capabilities)
-        self.wanted: dict[str, tuple[Launch, tuple[str, ...], int]] = {}
+        self.launches: dict[str, tuple[Launch, tuple[str, ...], int]] = {}
         self.compiled: dict[str, dict[str, Any]] = {}
         self.failed: UhdError | None = None
 
@@ -64,26 +65,22 @@ class Build:
         self.failed = error
         _failures.append(error)
 
-    def want(
-        self,
-        operator: Operator,
-        attributes: Mapping[str, int],
-        least: Mapping[str, Shape],
-        most: Mapping[str, Shape],
-        dtype: str,
+    def request(
+        self, operator: Operator, attributes: Mapping[str, int], shapes: ShapeRanges, dtype: str
     ) -> None:
-        """Ask for all kernels that shapes between `least` and `most` need, for every capability."""
+        """Ask for all kernels that inputs within these ranges need, for every capability."""
         for name, axis in operator.fixed(attributes):
-            if least[name][axis] != most[name][axis]:
+            first, last = shapes.min[name][axis], shapes.max[name][axis]
+            if first != last:
                 raise UhdError(
-                    f"operator {operator.name}: axis {axis} of input {name} ranges from {least[name][axis]} "
-                    f"to {most[name][axis]}; it must be fixed"
+                    f"operator {operator.name}: axis {axis} of input {name} ranges from {first} to {last}; "
+                    "it must be fixed"
                 )
-        scratch = operator.plan(most, attributes, dtype)[1].name
-        for launch in operator.variants(least, most, attributes, dtype):
+        scratch = operator.plan(shapes.max, attributes, dtype)[1].name
+        for launch in operator.variants(shapes, attributes, dtype):
             kinds = tuple("float32" if name == scratch else dtype for name in launch.tensors)
             for capability in self.capabilities:
-                self.wanted[kernel_key(launch, kinds, capability)] = (launch, kinds, capability)
+                self.launches[kernel_key(launch, kinds, capability)] = (launch, kinds, capability)
 
     def compile(self, folder: str) -> dict[str, dict[str, Any]]:
         """All kernels asked for so far, compiled, by key: always the same dictionary, which grows."""
@@ -91,10 +88,10 @@ class Build:
 
         if self.failed:
             raise self.failed
-        missing = [key for key in self.wanted if key not in self.compiled]
+        missing = [key for key in self.launches if key not in self.compiled]
         requests = [
             Request.of(folder, launch, dict(zip(launch.tensors, kinds, strict=True)), capability)
-            for launch, kinds, capability in (self.wanted[key] for key in missing)
+            for launch, kinds, capability in (self.launches[key] for key in missing)
         ]
         fields = ("name", "ptx", "shared", "warps", "nulls")
         for key, kernel in zip(missing, compile_kernels(requests), strict=True):
@@ -139,9 +136,11 @@ def kernel_capability(capability: str) -> int:
 def _creators(trt: ModuleType) -> list[Any]:
     """One creator an operator, kept alive as long as the process."""
 
-    class Creator(trt.IPluginCreatorV3One):
+    base: Any = trt.IPluginCreatorV3One
+
+    class Creator(base):
         def __init__(self, operator: Operator) -> None:
-            trt.IPluginCreatorV3One.__init__(self)
+            base.__init__(self)
             self.operator = operator
             self.name, self.plugin_version, self.plugin_namespace = operator.name, VERSION, ""
             self.capabilities: tuple[int, ...] = ()
@@ -167,7 +166,13 @@ def _creators(trt: ModuleType) -> list[Any]:
 
 @functools.cache
 def _plugin_class(trt: ModuleType) -> type:
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+    plugin: Any = trt.IPluginV3
+    core: Any = trt.IPluginV3OneCore
+    build_side: Any = trt.IPluginV3OneBuild
+    runtime_side: Any = trt.IPluginV3OneRuntime
+    dtypes = kernel_dtypes(trt)
+
+    class Plugin(plugin, core, build_side, runtime_side):
         def __init__(
             self,
             operator: Operator,
@@ -175,7 +180,7 @@ def _plugin_class(trt: ModuleType) -> type:
             kernels: dict[str, dict],
             build: Build | None = None,
         ) -> None:
-            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+            for base in (plugin, core, build_side, runtime_side):
                 base.__init__(self)
             self.operator, self.attributes, self.kernels, self.build = operator, attributes, kernels, build
             self.runner = Runner(operator, attributes, kernels)
@@ -196,7 +201,7 @@ def _plugin_class(trt: ModuleType) -> type:
             try:
                 check_types(operator=self.operator, names=self.names, trt=trt, types=types)
             except UhdError as error:
-                self.build.fail(error)
+                self.building().fail(error)
             return [types[0]] * self.num_outputs
 
         def get_output_shapes(self, inputs: Sequence[Any], _: Sequence[Any], builder: Any) -> list[Any]:
@@ -206,7 +211,7 @@ def _plugin_class(trt: ModuleType) -> type:
             try:
                 check_shapes(self.operator, self.attributes, known)
             except UhdError as error:
-                self.build.fail(error)
+                self.building().fail(error)
                 return [inputs[0]] * self.num_outputs
             symbolic = {name: list(dims) for name, dims in zip(self.names, inputs, strict=True)}
             shapes = self.operator.output_shapes(symbolic, self.attributes, Dims(trt, builder))
@@ -216,29 +221,26 @@ def _plugin_class(trt: ModuleType) -> type:
             one = tensors[position].desc
             return (
                 one.format == trt.TensorFormat.LINEAR
-                and named_dtype(trt, one.type) is not None
+                and one.type in dtypes
                 and one.type == tensors[0].desc.type
             )
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            least, most = (
-                {name: tuple(getattr(tensor, end)) for name, tensor in zip(self.names, inputs, strict=True)}
-                for end in ("min", "max")
+            shapes = ShapeRanges(
+                {name: tuple(tensor.min) for name, tensor in zip(self.names, inputs, strict=True)},
+                {name: tuple(tensor.max) for name, tensor in zip(self.names, inputs, strict=True)},
             )
-            if any(size < 0 for shape in most.values() for size in shape):
+            if any(size < 0 for shape in shapes.max.values() for size in shape):
                 return  # before the profiles' sizes are known
+            build = self.building()
             try:
-                self.build.want(
-                    self.operator, self.attributes, least, most, named_dtype(trt, inputs[0].desc.type)
-                )
+                build.request(self.operator, self.attributes, shapes, dtypes[inputs[0].desc.type])
             except UhdError as error:
-                self.build.fail(error)
+                build.fail(error)
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             shapes = [tuple(tensor.max) for tensor in inputs]
-            return workspace_bytes(
-                self.operator, shapes, self.attributes, named_dtype(trt, inputs[0].desc.type)
-            )
+            return workspace_bytes(self.operator, shapes, self.attributes, dtypes[inputs[0].desc.type])
 
         def get_valid_tactics(self) -> list[int]:
             return []
@@ -251,6 +253,12 @@ def _plugin_class(trt: ModuleType) -> type:
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
+
+        def building(self) -> Build:
+            """The build that this plugin is part of; in a loaded engine there is none."""
+            if self.build is None:
+                raise RuntimeError(f"plugin {self.operator.name}: asked to build in a loaded engine")
+            return self.build
 
         def prepare(self) -> None:
             """Compile what has been asked for while the engine is built; on the device all is there."""
@@ -281,7 +289,7 @@ def _plugin_class(trt: ModuleType) -> type:
             stream: int,
         ) -> None:
             shapes = [tuple(desc.dims) for desc in input_desc]
-            types = [named_dtype(trt, desc.type) for desc in (*input_desc, *output_desc)]
+            types = [dtypes[desc.type] for desc in (*input_desc, *output_desc)]
             try:
                 self.prepare()  # TensorRT times plugins before it serializes them; TensorRT-RTX does not
                 self.runner.run(shapes, types, [*inputs, *outputs], workspace, stream)

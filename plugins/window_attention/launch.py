@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from uhd_export.plugins.launch import Launch, Scratch, power_of_two
+from uhd_export.plugins.launch import Constant, Launch, Scratch, power_of_two
 
 LEVEL_INPUTS = (
     "features",
@@ -50,6 +50,17 @@ def reach(size: int, side: int) -> int:
     return min(int(max(size / side, 1) + size / 256) + 3, size)
 
 
+def pixels_at_once(level: LevelShape, side: int, dtype: str) -> int:
+    """How many pixels of a window one launch takes: all that a window touches, or the most that fit."""
+    sizes = PIXELS_FLOAT32 if dtype == "float32" else PIXELS
+    return next((size for size in sizes if size >= _area(level, side)), sizes[-1])
+
+
+def _area(level: LevelShape, side: int) -> int:
+    """Most pixels that a window touches."""
+    return reach(level.height, side) * reach(level.width, side)
+
+
 def plan(
     levels: Sequence[LevelShape],
     *,
@@ -74,12 +85,12 @@ def plan(
     span = max(CHANNELS_A_PROGRAM // block, 1)  # blocks a program
     groups = -(-channels // (span * block))
     total = sum(level.bins_y * level.bins_x for level in levels)
-    scores, mixing, first_row = [], [], 0
+    scores: list[Launch] = []
+    mixing: list[Launch] = []
+    first_row = 0
     for index, level in enumerate(levels):
-        area = reach(level.height, side) * reach(level.width, side)
-        sizes = PIXELS_FLOAT32 if single else PIXELS
-        step = pixels or next((size for size in sizes if size >= area), sizes[-1])
-        constants = (
+        step = pixels or pixels_at_once(level, side, dtype)
+        constants: tuple[tuple[str, Constant], ...] = (
             ("SIDE", side),
             ("CHANNELS", channels),
             ("QUERIES", queries),
@@ -89,7 +100,7 @@ def plan(
             ("PRECISION", "ieee" if single else "tf32"),
         )
         own = tuple(f"{name}_{index}" for name in LEVEL_INPUTS)
-        for first_pixel in range(0, area, step):
+        for first_pixel in range(0, _area(level, side), step):
             integers = (batch, *level, first_row, total, first_pixel)
             scores.append(
                 Launch(

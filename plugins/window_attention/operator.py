@@ -5,8 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from uhd_export.plugins.launch import Launch, Scratch
-from uhd_export.plugins.operator import Dims, Operator, Shape
-from uhd_export.plugins.window_attention.launch import LEVEL_INPUTS, PIXELS, LevelShape, inputs, outputs, plan
+from uhd_export.plugins.operator import Dims, Operator, Shape, ShapeRanges
+from uhd_export.plugins.window_attention.launch import (
+    LEVEL_INPUTS,
+    PIXELS,
+    LevelShape,
+    inputs,
+    outputs,
+    pixels_at_once,
+    plan,
+)
 
 RANKS = (4, 3, 3, 3, 3, 3, 3, 2, 2)  # of `launch.LEVEL_INPUTS`
 
@@ -53,12 +61,8 @@ class WindowAttentionOperator(Operator):
     ) -> tuple[tuple[Launch, ...], Scratch]:
         """From the maps' and RoI matrices' shapes; `pixels` as in `launch.plan`."""
         batch, _, _, channels = shapes["features_0"]
-        levels = [
-            LevelShape(*shapes[f"features_{i}"][1:3], shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1])
-            for i in range(attributes["levels"])
-        ]
         return plan(
-            levels,
+            _levels(shapes, attributes),
             batch=batch,
             side=shapes["roi_y_0"][0],
             queries=shapes["query_position"][1],
@@ -68,16 +72,15 @@ class WindowAttentionOperator(Operator):
             pixels=pixels,
         )
 
-    def variants(
-        self, least: Mapping[str, Shape], most: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
-    ) -> Iterable[Launch]:
+    def variants(self, shapes: ShapeRanges, attributes: Mapping[str, int], dtype: str) -> Iterable[Launch]:
         """Kernels differ in the pixels that they take at a time, which grow with the map."""
-        low, high = (
-            [dict(launch.constants)["PIXELS"] for launch in self.plan(shapes, attributes, dtype)[0]]
-            for shapes in (least, most)
+        side = shapes.max["roi_y_0"][0]
+        first, last = (
+            choose(pixels_at_once(level, side, dtype) for level in _levels(end, attributes))
+            for choose, end in ((min, shapes.min), (max, shapes.max))
         )
-        steps = (step for step in PIXELS if min(low) <= step <= max(high))
-        return [launch for step in steps for launch in self.plan(most, attributes, dtype, step)[0]]
+        steps = (step for step in PIXELS if first <= step <= last)
+        return [launch for step in steps for launch in self.plan(shapes.max, attributes, dtype, step)[0]]
 
     def expected(
         self, shapes: Mapping[str, Sequence[int | None]], attributes: Mapping[str, int]
@@ -86,7 +89,9 @@ class WindowAttentionOperator(Operator):
         windows, queries, _ = shapes["query_position"]
         side = None if windows is None else math.isqrt(windows)
         batch, _, _, channels = shapes["features_0"]
-        expected = {"query_position": (side and side * side, queries, windows)}
+        expected: dict[str, tuple[int | None, ...]] = {
+            "query_position": (side and side * side, queries, windows)
+        }
         for i in range(attributes["levels"]):
             _, height, width, _ = shapes[f"features_{i}"]
             bins_y, bins_x = shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1]
@@ -103,3 +108,12 @@ class WindowAttentionOperator(Operator):
             )
             expected |= {f"{name}_{i}": shape for name, shape in zip(LEVEL_INPUTS, level, strict=True)}
         return expected
+
+
+def _levels(shapes: Mapping[str, Shape], attributes: Mapping[str, int]) -> list[LevelShape]:
+    """Height, width and bins of every level."""
+    levels = []
+    for i in range(attributes["levels"]):
+        _, height, width, _ = shapes[f"features_{i}"]
+        levels.append(LevelShape(height, width, shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1]))
+    return levels

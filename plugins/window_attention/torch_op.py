@@ -54,7 +54,10 @@ def launch(query_position: torch.Tensor, levels: list[torch.Tensor], sets: int =
     windows, queries, _ = query_position.shape
     batch, _, _, channels = parts[0].features.shape
     launches, scratch = plan(
-        [LevelShape(*p.features.shape[1:3], p.roi_y.shape[1], p.roi_x.shape[1]) for p in parts],
+        [
+            LevelShape(p.features.shape[1], p.features.shape[2], p.roi_y.shape[1], p.roi_x.shape[1])
+            for p in parts
+        ],
         batch=batch,
         side=parts[0].roi_y.shape[0],
         queries=queries,

@@ -20,7 +20,7 @@ from uhd_export.runtime.config import LanguageConfig, ModelConfig, ProjectorConf
 from uhd_export.runtime.image.geometry import KERNEL, bin_grid
 
 Grid = tuple[int, int]
-Parts = dict[str, "Work"]
+Parts = dict[str, "Cost"]
 STAGES = ("vit", "jbu", "projector", "prefill", "decode")
 QUERY_SETS = 4
 GUIDANCE, RANGE = 3, 32  # channels of the JBU's guidance and of its range features
@@ -30,35 +30,40 @@ INT4_BYTES = 0.5 + 2 / 128
 
 
 @dataclass(frozen=True)
-class Work:
-    """FLOPs, and elements of weights and activations."""
+class Cost:
+    """What a computation takes: FLOPs, and elements of weights and activations that it moves."""
 
     flops: int = 0
     weights: int = 0
     activations: int = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
+    @property
+    def elements(self) -> int:
+        """Everything moved; times the size of a type, bytes."""
+        return self.weights + self.activations
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
             self.flops + other.flops, self.weights + other.weights, self.activations + other.activations
         )
 
 
-def total(parts: Parts) -> Work:
+def total(parts: Parts) -> Cost:
     """The sum of `parts`."""
-    return sum(parts.values(), Work())
+    return sum(parts.values(), Cost())
 
 
-def _linear(rows: int, inner: int, columns: int, copies: int = 1) -> Work:
+def _linear(rows: int, inner: int, columns: int, copies: int = 1) -> Cost:
     """`rows` vectors through `copies` weight matrices of inner x columns."""
-    return Work(
+    return Cost(
         2 * rows * inner * columns * copies, inner * columns * copies, rows * copies * (inner + columns)
     )
 
 
-def _product(rows: int, inner: int, columns: int, count: int = 1) -> Work:
+def _product(rows: int, inner: int, columns: int, count: int = 1) -> Cost:
     """`count` products of two activations."""
     moved = rows * inner + inner * columns + rows * columns
-    return Work(2 * rows * inner * columns * count, 0, moved * count)
+    return Cost(2 * rows * inner * columns * count, 0, moved * count)
 
 
 def vit(grids: Sequence[Grid], vision: VisionConfig, *, folded: bool) -> Parts:
@@ -68,7 +73,7 @@ def vit(grids: Sequence[Grid], vision: VisionConfig, *, folded: bool) -> Parts:
     if not folded:
         lengths = [max(lengths)] * len(lengths)
     patches, tokens = sum(rows * cols for rows, cols in grids), sum(lengths)
-    scores = sum((_product(n, c, n) for n in lengths), Work())
+    scores = sum((_product(n, c, n) for n in lengths), Cost())
     return {
         "patches": _linear(patches, 3 * vision.patch**2, c),
         "projections": _times(_linear(tokens, c, c, copies=4), layers),
@@ -79,9 +84,9 @@ def vit(grids: Sequence[Grid], vision: VisionConfig, *, folded: bool) -> Parts:
     }
 
 
-def _times(work: Work, count: int, *, weights: bool = True) -> Work:
-    """`work` done `count` times, each with weights of its own."""
-    return Work(work.flops * count, work.weights * count * weights, work.activations * count)
+def _times(cost: Cost, count: int, *, weights: bool = True) -> Cost:
+    """`cost`, `count` times, each with weights of its own."""
+    return Cost(cost.flops * count, cost.weights * count * weights, cost.activations * count)
 
 
 def jbu(grids: Sequence[Grid], projector: ProjectorConfig, *, folded: bool) -> Parts:
@@ -94,24 +99,24 @@ def jbu(grids: Sequence[Grid], projector: ProjectorConfig, *, folded: bool) -> P
     stages = len(scales)
     parts = {
         "range": _shared(_linear(pixels, GUIDANCE, RANGE) + _linear(pixels, RANGE, RANGE), stages),
-        "similarity": Work(2 * TAPS * RANGE * pixels, 0, pixels * (RANGE + TAPS)),
+        "similarity": Cost(2 * TAPS * RANGE * pixels, 0, pixels * (RANGE + TAPS)),
         "kernel_fixup": _shared(_linear(pixels, TAPS + GUIDANCE, TAPS) + _linear(pixels, TAPS, TAPS), stages),
     }
     moved = pixels * c + pixels // 4 * c
     if folded:
         # Two products a pixel: the 7 x 7 kernel by 7 low-resolution rows, then by 7 columns.
-        parts["stencil"] = Work(2 * 2 * KERNEL**3 * pixels, 0, 2 * pixels * TAPS)
-        parts["weighted_sum"] = Work(2 * TAPS * c * pixels, 0, moved + pixels * TAPS)
+        parts["stencil"] = Cost(2 * 2 * KERNEL**3 * pixels, 0, 2 * pixels * TAPS)
+        parts["weighted_sum"] = Cost(2 * TAPS * c * pixels, 0, moved + pixels * TAPS)
     else:
-        parts["bicubic"] = Work(2 * 16 * c * pixels, 0, moved)
-        parts["weighted_sum"] = Work(2 * TAPS * c * pixels, 0, 2 * pixels * c + pixels * TAPS)
+        parts["bicubic"] = Cost(2 * 16 * c * pixels, 0, moved)
+        parts["weighted_sum"] = Cost(2 * TAPS * c * pixels, 0, 2 * pixels * c + pixels * TAPS)
         parts["fixup"] = _linear(patches * scales[-1] ** 2, c, c)
     return parts
 
 
-def _shared(work: Work, stages: int) -> Work:
-    """`work` counted over all stages at once, with weights in each."""
-    return Work(work.flops, work.weights * stages, work.activations)
+def _shared(cost: Cost, stages: int) -> Cost:
+    """`cost` counted over all stages at once, with weights in each."""
+    return Cost(cost.flops, cost.weights * stages, cost.activations)
 
 
 def projector(
@@ -127,13 +132,13 @@ def projector(
     queries, rows = windows * len(grids) * sets, windows * len(grids) * sets * keys
     samples = windows * sum(_samples_per_window(grid, config, grid_mode) for grid in grids)
     parts = {
-        "level_linear": sum((_linear(n, c, d) for n in pixels), Work()),
+        "level_linear": sum((_linear(n, c, d) for n in pixels), Cost()),
         # Keys and values are pooled apart: four taps a sample each.
-        "pooling": Work(2 * 2 * 4 * samples * d, 0, 2 * (sum(pixels) + rows // sets) * d),
+        "pooling": Cost(2 * 2 * 4 * samples * d, 0, 2 * (sum(pixels) + rows // sets) * d),
         "query": _linear(queries, d, d),
         "key": _linear(rows, d, d),
         "value": _linear(rows, d, d),
-        "attention": Work(2 * 2 * d * rows, 0, 2 * rows * d + 2 * queries * d),
+        "attention": Cost(2 * 2 * d * rows, 0, 2 * rows * d + 2 * queries * d),
         "out": _linear(queries, d, d),
     }
     if sets > 1:
@@ -148,7 +153,7 @@ def _folded_hiwin(grids: Sequence[Grid], config: ProjectorConfig, grid_mode: str
     windows, queries, levels = side**2, QUERY_SETS * config.heads, len(config.levels)
     norm_rank = min(d, c + 1)
     crops = len(grids)
-    norm, pooling, position = Work(), Work(), Work()
+    norm, pooling, position = Cost(), Cost(), Cost()
     for scale in config.levels:
         norm += _linear(scale**2 * sum(rows * cols for rows, cols in grids), c, norm_rank)
     for (rows, cols), count in Counter(grids).items():
@@ -162,15 +167,15 @@ def _folded_hiwin(grids: Sequence[Grid], config: ProjectorConfig, grid_mode: str
     keys = sum(keys_per_window(grid, config, grid_mode) for grid in grids)
     outputs = windows * crops
     vectors = windows * queries
-    scores = Work(2 * keys * c * vectors, vectors * c * levels, windows * keys * (c + queries))
-    mixed = Work(2 * keys * c * vectors, 0, windows * keys * (c + queries) + crops * vectors * c * levels)
+    scores = Cost(2 * keys * c * vectors, vectors * c * levels, windows * keys * (c + queries))
+    mixed = Cost(2 * keys * c * vectors, 0, windows * keys * (c + queries) + crops * vectors * c * levels)
     return {
         "norm": norm,
         "pooling": pooling,
         "position": position,
         "scores": scores,
         "mixing": mixed,
-        "value": Work(
+        "value": Cost(
             2 * outputs * QUERY_SETS * c * d * levels,
             c * d * levels,
             outputs * QUERY_SETS * (config.heads * c * levels + d),
@@ -218,7 +223,7 @@ def _decoder(language: LanguageConfig, rows: int, attended: int, logits: int) ->
     projections = _linear(rows, d, heads_width, copies=2) + _linear(rows, d, kv_width, copies=2)
     mlp = _linear(rows, d, language.intermediate, copies=3)
     past = attended // rows
-    attention = Work(4 * attended * heads_width, 0, 2 * past * kv_width + 2 * rows * heads_width)
+    attention = Cost(4 * attended * heads_width, 0, 2 * past * kv_width + 2 * rows * heads_width)
     return {
         "projections": _times(projections, language.layers),
         "attention": _times(attention, language.layers),

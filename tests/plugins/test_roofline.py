@@ -6,40 +6,41 @@ import pytest
 import torch
 
 from uhd_export.plugins import roofline
-from uhd_export.plugins.roofline import Device, Work, jbu_work, note, window_work
+from uhd_export.plugins.roofline import Device, floor, jbu_cost, note, window_cost
 from uhd_export.plugins.window_attention.launch import LevelShape
+from uhd_export.runtime.profiling.costs import Cost
 
 
 def test_jbu_by_hand():
-    work = jbu_work(2, 3, 5, 10)
+    cost = jbu_cost(2, 3, 5, 10)
     pixels = 2 * 6 * 10
-    assert work.elements == 2 * 3 * 5 * 10 + pixels * 3 + pixels * 10
+    assert cost.elements == 2 * 3 * 5 * 10 + pixels * 3 + pixels * 10
     mlps = 3 * 32 + 32 * 32 + 52 * 49 + 49 * 49
-    assert work.flops == 2 * pixels * (mlps + 49 * 32 + 49 * 10 + 6 * 10)
+    assert cost.flops == 2 * pixels * (mlps + 49 * 32 + 49 * 10 + 6 * 10)
 
 
 def test_window_attention_by_hand():
     # One window of 2x2 pixels and a bin: four samples' weights on four pixels.
-    work = window_work([LevelShape(2, 2, 1, 1)], batch=3, side=1, queries=8, channels=10)
-    assert work.flops == 2 * 3 * 4 * 10 + 2 * 2 * 3 * 8 * 10
-    assert work.elements == 3 * 4 * 11 + 8 * 12 + 3 * 8 * 12 + 8
+    cost = window_cost([LevelShape(2, 2, 1, 1)], batch=3, side=1, queries=8, channels=10)
+    assert cost.flops == 2 * 3 * 4 * 10 + 2 * 2 * 3 * 8 * 10
+    assert cost.elements == 3 * 4 * 11 + 8 * 12 + 3 * 8 * 12 + 8
 
 
 def test_floor_is_the_slower_of_memory_and_arithmetic():
     device = Device("toy", bandwidth=100, flops=10)
-    assert Work(flops=5, elements=200).floor(device, size=2) == pytest.approx(4)
-    assert Work(flops=50, elements=200).floor(device, size=2) == pytest.approx(5)
-    assert (Work(1, 2) + Work(3, 4)) == Work(4, 6)
+    assert floor(Cost(flops=5, weights=50, activations=150), device, size=2) == pytest.approx(4)
+    assert floor(Cost(flops=50, weights=50, activations=150), device, size=2) == pytest.approx(5)
+    assert (Cost(1, 2, 3) + Cost(3, 4, 5)) == Cost(4, 6, 8)
 
 
 def test_image_is_seven_crops():
-    work = roofline.image_work()
+    cost = roofline.image_costs()
     # The overview's 551 patches beside the slices' 6 x 576: at 4x, pixels 16-fold.
-    assert work["JBU"].elements == pytest.approx(
+    assert cost["JBU"].elements == pytest.approx(
         (6 * 576 + 551) * (1024 * (1 + 4 + 4 + 16) + 3 * 20), rel=1e-9
     )
     rows = 3 * 7 * 144 * 128 * 1024  # mixed rows of three levels and seven crops
-    assert 0.6 < rows / work["WindowAttention"].elements < 0.7
+    assert 0.6 < rows / cost["WindowAttention"].elements < 0.7
 
 
 @pytest.mark.parametrize(("op", "folder"), [("JBU", "jbu"), ("WindowAttention", "window_attention")])
@@ -74,7 +75,7 @@ def test_benchmark_checks_before_it_measures(kernels_benchmark, monkeypatch):
     for case in made:
         row = kernels_benchmark.measure(case, "float32", Device("toy", 1e3, 1e9), 1)
         assert row["error"] < 1e-6 and row["speedup_eager"] == 1
-        assert row["over_floor"] == pytest.approx(2e-3 / case.work.floor(Device("toy", 1e3, 1e9), 4))
+        assert row["over_floor"] == pytest.approx(2e-3 / floor(case.cost, Device("toy", 1e3, 1e9), 4))
         wrong = case._replace(kernel=lambda *x, case=case: [1.01 * y for y in case.eager(*x)])
         both = [wrong, case]
         monkeypatch.setattr(kernels_benchmark, "cases", lambda dtype, both=both: both)

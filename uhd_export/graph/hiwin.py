@@ -33,13 +33,14 @@ def emit_folded(
         inputs.append(Level(maps[scale], pixel_scale, *roi, *position, *queries))
     mixed = add_window_attention(b, weights.array("folded.query_position", folded.query_position), inputs)
 
-    attended = None  # (heads, N, B, sets, head size)
+    sums: list[ir.Value] = []  # (heads, N, B, sets, head size), one term more each
     for scale, level, (rows, moments) in zip(folded.scales, folded.levels, mixed, strict=True):
         for part, value in ((rows, "value"), (moments, "value_moments")):
             tensor = getattr(level, value)
             flat = b.op("Reshape", part, b.constant([config.heads, -1, tensor.shape[1]]))
             term = b.op("MatMul", flat, weights.array(f"folded.{scale}x.{value}", tensor))
-            attended = term if attended is None else b.op("Add", attended, term)
+            sums.append(b.op("Add", sums[-1], term) if sums else term)
+    attended = sums[-1]
     windows, sets = config.side**2, len(QUERY_SETS)
     attended = b.reshape(attended, [config.heads, windows, -1, sets, HEAD_SIZE])
     attended = b.op("Transpose", attended, perm=[2, 1, 3, 0, 4])

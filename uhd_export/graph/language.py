@@ -15,10 +15,10 @@ import onnx_ir as ir
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.dialects import DIALECTS, Dialect
 from uhd_export.graph.linear import Dense, Linear, LinearFormat, TensorReader, TensorSource
-from uhd_export.plugins.graph import Progress
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import LOGITS
+from uhd_export.runtime.progress import Progress
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
@@ -81,19 +81,16 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
         )
         return builder.op("Add", out, vector)
 
-    x, update = graph.embeds, None
+    x = graph.embeds
+    normed = graph.norm(x, "model.layers.0.input_layernorm")
     for i in range(config.layers):
         prefix = f"model.layers.{i}"
-        norm, attention, mlp = f"{prefix}.input_layernorm", f"{prefix}.self_attn", f"{prefix}.mlp"
-        if update is None:
-            normed = graph.norm(x, norm)
-        else:
-            normed, x = graph.add_norm(x, update, norm)
+        attention, mlp, last = f"{prefix}.self_attn", f"{prefix}.mlp", i == config.layers - 1
         q = project(normed, f"{attention}.q_proj", config.hidden, width, config.qkv_bias)
         k = project(normed, f"{attention}.k_proj", config.hidden, kv_width, config.qkv_bias)
         v = project(normed, f"{attention}.v_proj", config.hidden, kv_width, config.qkv_bias)
         mixed = graph.attention(q, k, v)
-        if i == config.layers - 1:
+        if last:
             # Logits are wanted for the last position: nothing after the last attention needs the others.
             mixed, x = _last_position(graph, mixed), _last_position(graph, x)
         update = project(mixed, f"{attention}.o_proj", width, config.hidden)
@@ -102,7 +99,8 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
         up = project(normed, f"{mlp}.up_proj", config.hidden, config.intermediate)
         silu = builder.op("Mul", gate, builder.op("Sigmoid", gate))
         update = project(builder.op("Mul", silu, up), f"{mlp}.down_proj", config.intermediate, config.hidden)
-    normed, _ = graph.add_norm(x, update, "model.norm")
+        next_norm = "model.norm" if last else f"model.layers.{i + 1}.input_layernorm"
+        normed, x = graph.add_norm(x, update, next_norm)
     logits = project(normed, "lm_head", config.hidden, config.vocab)
     if graph.dtype != ir.DataType.FLOAT:
         logits = builder.op("Cast", logits, to=ir.DataType.FLOAT)

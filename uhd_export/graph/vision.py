@@ -18,9 +18,10 @@ from uhd_export.graph.weights import Weights
 from uhd_export.model.folding import FoldedProjector
 from uhd_export.model.folding import fold as fold_weights
 from uhd_export.model.projector import HiwinProjector
-from uhd_export.plugins.graph import GraphBuilder, Progress
+from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.plugins.jbu.onnx_op import add_jbu
 from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.progress import Progress
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 

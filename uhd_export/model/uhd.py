@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -22,11 +21,10 @@ from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import layout_indices
-from uhd_export.runtime.image.pixels import cut, normalise, open_image
+from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, normalise, open_image
 from uhd_export.runtime.image.slicing import MAX_SLICES, SlicePlan, plan_slices
 from uhd_export.runtime.language import prompt as prompts
 
-ImageLike = str | Path | Image.Image | np.ndarray
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -112,11 +110,9 @@ class UhdModel:
         return prompts.encode(self._tokenizer, prompt)
 
     @torch.inference_mode()
-    def inputs_embeds(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]
-    ) -> torch.Tensor:
+    def inputs_embeds(self, image: Images, prompt: str | Sequence[int]) -> torch.Tensor:
         """(1, S, D) embeddings of `prompt` with each image's tokens and separators in place."""
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        images = as_images(image)
         ids = self.input_ids(prompt)
         if ids.count(prompts.IMAGE_ID) != len(images):
             raise UhdError(
@@ -151,14 +147,12 @@ class UhdModel:
         return out
 
     @torch.inference_mode()
-    def logits(self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int]) -> torch.Tensor:
+    def logits(self, image: Images, prompt: str | Sequence[int]) -> torch.Tensor:
         """(1, S, vocab) logits."""
         return self.language(self.inputs_embeds(image, prompt))
 
     @torch.inference_mode()
-    def generate_ids(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[int], max_new_tokens: int
-    ) -> list[int]:
+    def generate_ids(self, image: Images, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation; ends before `max_new_tokens` after an end-of-text token."""
         embeds, cache = self.inputs_embeds(image, prompt), self.language.new_cache()
         out: list[int] = []

@@ -23,9 +23,10 @@ from uhd_export.runtime.engines.tensorrt.record import (
 )
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
+from uhd_export.runtime.progress import Progress
 from uhd_export.tensorrt.network import Network, load_graph, parse
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
-from uhd_export.tensorrt.progress import Progress, make_monitor
+from uhd_export.tensorrt.progress import make_monitor
 
 
 def build_engine(
@@ -36,12 +37,12 @@ def build_engine(
     *,
     key: str = "",
     output_types: Mapping[str, str] | None = None,
-    on_progress: Progress | None = None,
+    progress: Progress | None = None,
 ) -> EngineRecord:
     """Build the ONNX file `graph` into the engine file `out`, its record beside it.
 
     `profiles` give the shapes to plan for; `output_types` converts outputs to another numpy type;
-    `on_progress(done, total)` is told how far the build is. `key` is recorded (see `cache`).
+    `progress(done, total)` is told how far the build is. `key` is recorded (see `cache`).
     Returns the record. Raises UhdError where the backend is not installed, the parser refuses a node, or
     the build fails for a target; then nothing is left at `out`.
     """
@@ -56,7 +57,7 @@ def build_engine(
         config = _configure(trt, builder, options, targets)
         for profile in profiles:
             _add_profile(builder, config, parsed, profile)
-        content = _build(trt, builder, parsed, config, _Failure(graph, targets), on_progress)
+        content = _build(trt, builder, parsed, config, _Failure(graph, targets), progress)
     write_file(out, memoryview(content))
     record = EngineRecord(
         record_version=RECORD_VERSION,
@@ -94,19 +95,19 @@ def _configure(trt: ModuleType, builder: Any, options: EngineOptions, targets: S
 
 def _add_profile(builder: Any, config: Any, parsed: Network, profile: OptimizationProfile) -> None:
     """Add `profile`; inputs without a range are of one shape. UhdError where the two do not fit."""
-    made = builder.create_optimization_profile()
+    shapes = builder.create_optimization_profile()
     for name, tensor in parsed.inputs.items():
         ranges = profile.ranges.get(name)
         if ranges is not None:
-            made.set_shape(name, ranges.min, ranges.opt, ranges.max)
+            shapes.set_shape(name, ranges.min, ranges.opt, ranges.max)
         elif free := [d for d in tensor.shape if not d.isdigit()]:
             raise UhdError(f"profile {profile.name}: no range for input {name} ({', '.join(free)})")
         else:
-            made.set_shape(name, *3 * (tuple(map(int, tensor.shape)),))
+            shapes.set_shape(name, *3 * (tuple(map(int, tensor.shape)),))
     unknown = sorted(profile.ranges.keys() - parsed.inputs.keys())
     if unknown:
         raise UhdError(f"profile {profile.name}: the graph has no input {unknown[0]}")
-    if config.add_optimization_profile(made) < 0:
+    if config.add_optimization_profile(shapes) < 0:
         raise UhdError(f"profile {profile.name}: TensorRT refuses its ranges")
 
 
@@ -129,16 +130,16 @@ class _Failure:
 
 
 def _build(
-    trt: ModuleType, builder: Any, parsed: Network, config: Any, failure: _Failure, report: Progress | None
+    trt: ModuleType, builder: Any, parsed: Network, config: Any, failure: _Failure, progress: Progress | None
 ) -> Any:
-    """The serialized engine. An exception in `report`, Ctrl-C included, stops the build and is raised."""
-    monitor = make_monitor(trt, report) if report is not None else None
+    """The serialized engine. An exception in `progress`, Ctrl-C included, stops the build and is raised."""
+    monitor = make_monitor(trt, progress) if progress is not None else None
     if monitor is not None:
         config.progress_monitor = monitor
-    with messages(trt) as said:
+    with messages(trt) as log:
         content = builder.build_serialized_network(parsed.network, config)
     if monitor is not None and monitor.raised is not None:
         raise monitor.raised
     if content is None:
-        raise failure.error(said.reason)
+        raise failure.error(log.reason)
     return content

@@ -18,10 +18,10 @@ from uhd_export.runtime.engines.tensorrt.record import (
 )
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import replacing
+from uhd_export.runtime.progress import Progress
 from uhd_export.tensorrt.builder import build_engine
 from uhd_export.tensorrt.fingerprint import plugin_fingerprint
 from uhd_export.tensorrt.options import EngineOptions, target_capabilities
-from uhd_export.tensorrt.progress import Progress
 
 # Change it whenever the same graph and options come to give another engine.
 BUILDER_VERSION = 1
@@ -58,7 +58,7 @@ def cached_engine(
     options: EngineOptions | None = None,
     *,
     output_types: Mapping[str, str] | None = None,
-    on_progress: Progress | None = None,
+    progress: Progress | None = None,
     folder: Path | None = None,
 ) -> EngineRecord:
     """Put the engine of `graph` at `out`, from the cache or built and kept there; returns its record.
@@ -69,20 +69,20 @@ def cached_engine(
     graph, out, options = Path(graph), Path(out), options or EngineOptions()
     folder = folder or cache_folder() / "engines"
     key = engine_key(graph, profiles, options, output_types)
-    kept = folder / f"{key}.engine"
-    if _is_whole(kept, key):
-        _copy(kept, out)
-        os.utime(record_path(kept))
+    entry = folder / f"{key}.engine"
+    if _is_whole(entry, key):
+        _copy(entry, out)
+        os.utime(record_path(entry))
         return read_record(out)
     record = build_engine(
-        graph, out, profiles, options, key=key, output_types=output_types, on_progress=on_progress
+        graph, out, profiles, options, key=key, output_types=output_types, progress=progress
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _copy(out, kept)
-        prune(folder, keep=kept)
+        _copy(out, entry)
+        prune(folder, keep=entry)
     except OSError:  # a full or read-only disk; the engine itself is written
-        kept.unlink(missing_ok=True)
+        entry.unlink(missing_ok=True)
     return record
 
 

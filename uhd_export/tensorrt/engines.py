@@ -60,6 +60,6 @@ def replace_graphs(
     )
     for graph, engine, profiles, types in parts:
         with progress_bar(engine.name, show=progress) as bar:
-            cached_engine(graph, engine, profiles, options, output_types=types, on_progress=bar.set)
+            cached_engine(graph, engine, profiles, options, output_types=types, progress=bar.set)
         graph.unlink()
         graph.with_name(f"{graph.name}.data").unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from uhd_export.runtime.engines.tensorrt.backend import messages
 from uhd_export.runtime.engines.tensorrt.record import OptimizationProfile, TensorRecord
 from uhd_export.runtime.errors import UhdError
 
-_BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.BOOL: 8}
+_BITS: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.BOOL: 8}
 
 
 @dataclass
@@ -50,12 +50,12 @@ def load_graph(path: Path, plugins: Collection[str]) -> onnx.ModelProto:
     same name. All others are replaced by their bodies, named after the node that they replace.
     """
     model = _read(path)
-    kept = [f for f in model.functions if f.name not in plugins]
+    others = [f for f in model.functions if f.name not in plugins]
     del model.functions[:]
-    if not kept:
+    if not others:
         return model
-    model.functions.extend(kept)
-    bodies = {(f.domain, f.name): f for f in kept}
+    model.functions.extend(others)
+    bodies = {(f.domain, f.name): f for f in others}
     # One copy of a body for each node, so that its nodes can be named after it.
     for node in model.graph.node:
         body = bodies.get((node.domain, node.op_type))
@@ -65,7 +65,7 @@ def load_graph(path: Path, plugins: Collection[str]) -> onnx.ModelProto:
             copy.overload = node.overload = node.name
             for inner in copy.node:
                 inner.name = f"{node.name}/{inner.name or inner.op_type}"
-    for body in kept:
+    for body in others:
         model.functions.remove(body)
     return onnx.inliner.inline_local_functions(model)
 
@@ -95,11 +95,11 @@ def parse(
     """
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
-    with messages(trt) as said:
+    with messages(trt) as log:
         parser = trt.OnnxParser(network, builder.logger)
-        done = parser.parse(model.SerializeToString(), str(path))
-    if not done:
-        raise UhdError(f"graph {path}: {_refusal(parser, model, said.reason)}")
+        is_parsed = parser.parse(model.SerializeToString(), str(path))
+    if not is_parsed:
+        raise UhdError(f"graph {path}: {_refusal(parser, model, log.reason)}")
     _fix_dimensions(network, profiles)
     _allow_decomposition(trt, network)
     for name, kind in (output_types or {}).items():
@@ -135,7 +135,7 @@ def _fix_dimensions(network: Any, profiles: Sequence[OptimizationProfile]) -> No
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         ranges = [profile.ranges[tensor.name] for profile in profiles if tensor.name in profile.ranges]
-        corners = [shape for found in ranges for shape in (found.min, found.max)]
+        corners = [shape for bounds in ranges for shape in (bounds.min, bounds.max)]
         if corners and all(len(shape) == len(tensor.shape) for shape in corners):
             sizes = [set(column) for column in zip(*corners, strict=True)]
             tensor.shape = [
@@ -165,12 +165,12 @@ def _output(network: Any, name: str) -> Any:
 
 def _convert_output(trt: ModuleType, network: Any, name: str, kind: str) -> None:
     """Make output `name` one of numpy type `kind`."""
-    tensor, wanted = _output(network, name), trt_type(trt, kind)
-    if tensor.dtype == wanted:
+    tensor, dtype = _output(network, name), trt_type(trt, kind)
+    if tensor.dtype == dtype:
         return
     network.unmark_output(tensor)
     tensor.name = f"{name}.unconverted"
-    layer = network.add_cast(tensor, wanted)
+    layer = network.add_cast(tensor, dtype)
     layer.name = f"{name}.convert"
     layer.get_output(0).name = name
     network.mark_output(layer.get_output(0))

@@ -31,14 +31,15 @@ def possible_grids(*, scale: int = SCALE_RESOLUTION, patch: int = PATCH) -> list
     fitted to scale^2 pixels by their ratio r alone: height int(scale / sqrt(r)), width int(height * r).
     For each height the ratios that give it are an interval, hence the widths too.
     """
-    grids = set()
-    for height in itertools.count(2 * patch):
-        low, high = (scale / (height + 1)) ** 2, (scale / height) ** 2
-        first, last = int(height * low), int(height * high)
-        if last < 2 * patch:
-            return sorted(grids)
+    grids: set[Grid] = set()
+    height = 2 * patch
+    # As wide as the widest crop of this height, while that has two columns.
+    while (last := int(height * (scale / height) ** 2)) >= 2 * patch:
+        first = int(height * (scale / (height + 1)) ** 2)
         columns = range(max(first // patch, 2), last // patch + 1)
         grids.update((height // patch, cols) for cols in columns)
+        height += 1
+    return sorted(grids)
 
 
 def vision_profiles(
@@ -63,32 +64,31 @@ def language_profiles(
     config: LanguageConfig, context: int, *, prefill: int | None = None
 ) -> list[OptimizationProfile]:
     """One profile to decode a position at a time, one for prompts of up to `prefill` (default: context)."""
-    most = min(prefill or context, context)
+    longest = min(prefill or context, context)
 
     def profile(name: str, *sizes: int) -> OptimizationProfile:
-        least, best, most = ((1, size, config.hidden) for size in sizes)
-        return OptimizationProfile(name, {EMBEDS: ShapeRange(least, best, most)})
+        return OptimizationProfile(name, {EMBEDS: ShapeRange(*((1, size, config.hidden) for size in sizes))})
 
     # A 1008x672 image and a question take about 1060 positions.
-    return [profile("decode", 1, 1, 1), profile("prefill", 1, min(1060, most), most)]
+    return [profile("decode", 1, 1, 1), profile("prefill", 1, min(1060, longest), longest)]
 
 
 def _profile(config: CheckpointConfig, members: list[Grid], max_batch: int) -> OptimizationProfile:
     """The box around `members`."""
     rows, cols = zip(*members, strict=True)
-    best = min(members, key=lambda grid: _distance(grid, members))
-    batch = min(SLICES, max_batch) if best == (24, 24) else 1
-    corners = (min(rows), min(cols), 1), (*best, batch), (max(rows), max(cols), max_batch)
-    least, tuned, most = (_shapes(config, *corner) for corner in corners)
+    middle = min(members, key=lambda grid: _distance(grid, members))
+    batch = min(SLICES, max_batch) if middle == (24, 24) else 1
+    shapes_min = _shapes(config, min(rows), min(cols), 1)
+    shapes_opt = _shapes(config, *middle, batch)
+    shapes_max = _shapes(config, max(rows), max(cols), max_batch)
     for scale in config.projector.levels:
         bins = [bin_grid(*grid, scale, mode) for grid in members for mode in GRID_MODES]
         for axis, sizes in zip("yx", zip(*bins, strict=True), strict=True):
             for name in (f"roi_{scale}x_{axis}", f"window_position_{scale}x_{axis}"):
-                least[name] = _with_bins(least[name], min(sizes))
-                most[name] = _with_bins(most[name], max(sizes))
-    return OptimizationProfile(
-        _name(best), {name: ShapeRange(least[name], tuned[name], most[name]) for name in tuned}
-    )
+                shapes_min[name] = _with_bins(shapes_min[name], min(sizes))
+                shapes_max[name] = _with_bins(shapes_max[name], max(sizes))
+    ranges = {n: ShapeRange(shapes_min[n], shapes_opt[n], shapes_max[n]) for n in shapes_opt}
+    return OptimizationProfile(_name(middle), ranges)
 
 
 def _distance(grid: Grid, members: Iterable[Grid]) -> float:

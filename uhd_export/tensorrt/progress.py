@@ -1,10 +1,10 @@
 """TensorRT's nested build phases as one number that grows."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-Progress = Callable[[int, int], None]
+from uhd_export.runtime.progress import Progress
+
 _TOTAL = 1000
 
 
@@ -37,21 +37,23 @@ class Phases:
         for _, done, steps in reversed(self._open):
             fraction = min((done + fraction) / steps, 1.0)
         reached = int(fraction * _TOTAL)
-        grown = reached > self.reached
+        is_further = reached > self.reached
         self.reached = max(reached, self.reached)
-        return grown
+        return is_further
 
 
-def make_monitor(trt: ModuleType, report: Progress) -> Any:
-    """An IProgressMonitor that calls `report(done, total)`.
+def make_monitor(trt: ModuleType, progress: Progress) -> Any:
+    """An IProgressMonitor that calls `progress(done, total)`.
 
-    What `report` raises, Ctrl-C included, must not pass through TensorRT, which would end the process:
-    it is kept in `raised`, and the build is told to stop.
+    What `progress` raises, Ctrl-C included, must not pass through TensorRT, which would end the process:
+    it waits in `raised`, and the build is told to stop.
     """
 
-    class Monitor(trt.IProgressMonitor):
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self.phases = Phases()
             self.raised: BaseException | None = None
 
@@ -62,7 +64,7 @@ def make_monitor(trt: ModuleType, report: Progress) -> Any:
             try:
                 self.phases.step(phase, step + 1)
                 if self.raised is None and self.phases.advance():
-                    report(self.phases.reached, _TOTAL)
+                    progress(self.phases.reached, _TOTAL)
             except BaseException as error:
                 self.raised = error
             return self.raised is None

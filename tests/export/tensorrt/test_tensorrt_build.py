@@ -133,7 +133,7 @@ def test_nano_vision_engine(nano_graph, tmp_path, plugins):
         vision_profiles(config, bands=1, max_batch=2),
         replace(ADA, plugins=plugins),
         output_types={"tokens": "float16"},
-        on_progress=lambda *step: done.append(step),
+        progress=lambda *step: done.append(step),
     )
     assert read_record(tmp_path / "vision.engine") == record
     assert record.bytes == (tmp_path / "vision.engine").stat().st_size > record.weight_bytes
@@ -292,7 +292,7 @@ def test_a_build_can_be_interrupted(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(small_graph(tmp_path), tmp_path / "x.engine", SMALL, ADA, on_progress=stop)
+        build_engine(small_graph(tmp_path), tmp_path / "x.engine", SMALL, ADA, progress=stop)
     assert not (tmp_path / "x.engine").exists()
 
 
@@ -318,9 +318,7 @@ def test_the_cache_keeps_what_was_built(tmp_path):
     def get(out="out.engine", graph=graph, profiles=SMALL, options=ADA, **more):
         steps.clear()
         report = lambda *step: steps.append(step)  # noqa: E731
-        return cached_engine(
-            graph, tmp_path / out, profiles, options, folder=cache, on_progress=report, **more
-        )
+        return cached_engine(graph, tmp_path / out, profiles, options, folder=cache, progress=report, **more)
 
     first = get()
     assert steps and len(first.key) == 64
