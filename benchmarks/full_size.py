@@ -9,7 +9,6 @@ cores, about a quarter of an hour, most of it for the profile and the parity.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
 def command(*arguments: object) -> dict:
     """Run `uhd-export` with `arguments`: seconds, and what it printed."""
     start = time.perf_counter()
-    run = [sys.executable, ROOT / "cli.py", *arguments]
+    run = [sys.executable, "-P", "-m", "uhd_export", *arguments]
     done = subprocess.run([str(part) for part in run], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"uhd-export {arguments[0]}: {done.stderr.strip()}")
@@ -70,7 +69,7 @@ def show(result: dict) -> None:
         stages = ", ".join(f"{n} {s['seconds']['median']:.2f}" for n, s in mode["stages"].items())
         peak = "not taken" if mode["peak_bytes"] is None else f"{mode['peak_bytes'] / 1e9:.2f} GB"
         print(
-            f"{mode['grid']}: first token {mode['first_token']['median']:.1f} s ({stages}), "
+            f"{mode['grid_mode']}: first token {mode['first_token']['median']:.1f} s ({stages}), "
             f"{mode['tokens_per_second']:.1f} tokens/s, peak {peak}"
         )
     print("\n".join(result["check"]))
@@ -82,8 +81,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of the language model; 32 is Vicuna-7B")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(ROOT)
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options.layers)
     show(result)

@@ -6,7 +6,8 @@
 - `vision_engines`: the same graph in TensorRT, with plugins and without, and in ONNX Runtime's CUDA provider;
 - `decode`: an int4 model of Vicuna-7B's size, a token over its bandwidth floor, in both.
 
-Random weights. Needs a CUDA GPU and PyTorch built for it; what else is missing, and what fails, is named
+Random weights. Needs the project installed (`pip install --no-deps -e .` is enough), a CUDA GPU and PyTorch
+built for it; what else is missing, and what fails, is named
 under its part, and the others are measured all the same. Exits with 1 where something failed.
 
     python benchmarks/gpu.py [--part kernels] [--layers 32] [--repeats 20] [--json FILE]
@@ -23,8 +24,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attempts import attempt, failures, require
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 
 PARTS = ("kernels", "vision", "vision_engines", "decode")
 MISSING = 2
@@ -151,12 +150,12 @@ def measure_vision_engines(options: argparse.Namespace, machine: dict) -> dict:
             error = require(f"vision, {name}", relative(run(fetch=True), expected), LIMIT)
             return {"error": error, "all_ms": 1e3 * wall(run, options.repeats, gpu_engines.WARM_SECONDS)}
 
-        made = {
+        configurations = {
             "tensorrt_plugins": lambda: tensorrt(True),
             "tensorrt_plain": lambda: tensorrt(False),
             "onnxruntime_cuda": lambda: gpu_engines.onnxruntime_encode(graph, CROPS),
         }
-        return {name: attempt(lambda n=name, m=make: measured(n, m)) for name, make in made.items()}
+        return {name: attempt(lambda n=name, m=make: measured(n, m)) for name, make in configurations.items()}
 
 
 def exact_tokens(checkpoint: Path, shapes: Sequence[tuple[int, int, int]]) -> list:

@@ -70,8 +70,8 @@ def vision_engine(graph: Path, config: CheckpointConfig, capability: str, *, plu
 def crop_feeds(inputs: Sequence[str], shape: Shape) -> dict[str, np.ndarray]:
     """The graph's inputs for random crops."""
     count, rows, cols = shape
-    made = torch.Generator().manual_seed(rows)
-    pixels = torch.randn(count, 3, rows * 14, cols * 14, generator=made).numpy()
+    generator = torch.Generator().manual_seed(rows)
+    pixels = torch.randn(count, 3, rows * 14, cols * 14, generator=generator).numpy()
     geometry = crop_geometry(rows, cols)
     return {"pixels": pixels, **{name: geometry[name] for name in inputs if name != "pixels"}}
 
@@ -125,7 +125,7 @@ class Repeated:
     """One random int4 weight a shape, used by every layer: each has its own copy in the graph."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, int], QuantizedWeight] = {}
+        self._weights: dict[tuple[int, int], QuantizedWeight] = {}
 
     def describe(self, linear: Linear) -> Description:
         """Symmetric, four bits, in groups of GROUP."""
@@ -134,10 +134,10 @@ class Repeated:
     def load(self, linear: Linear) -> QuantizedWeight:
         """The weight of this shape."""
         shape = linear.outputs, linear.inputs
-        if shape not in self._made:
+        if shape not in self._weights:
             dense = np.random.default_rng(shape[0]).standard_normal(shape, np.float32) / shape[1] ** 0.5
-            self._made[shape] = round_to_nearest(dense, GROUP)
-        return self._made[shape]
+            self._weights[shape] = round_to_nearest(dense, GROUP)
+        return self._weights[shape]
 
 
 def emit_int4(config: LanguageConfig, path: Path, dialect: str, context: int) -> Path:
@@ -150,8 +150,8 @@ def emit_int4(config: LanguageConfig, path: Path, dialect: str, context: int) ->
             return torch.ones(config.hidden)
         if name.endswith(".bias"):
             return torch.zeros(biases[name.split(".")[-2]])
-        made = torch.Generator().manual_seed(0)
-        return torch.randn(config.vocab, config.hidden, generator=made) / config.hidden**0.5
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(config.vocab, config.hidden, generator=generator) / config.hidden**0.5
 
     form = Int4Dequantize(Repeated()) if dialect == "tensorrt" else MatMulNBits(Repeated(), accuracy_level=1)
     linear = ByName(form, {"lm_head": Dense()})

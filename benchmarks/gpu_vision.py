@@ -34,8 +34,8 @@ class Batch:
     ) -> None:
         self.shape = shape
         count, rows, cols = shape
-        made = torch.Generator().manual_seed(rows)
-        self.pixels = torch.randn(count, 3, rows * 14, cols * 14, generator=made).to(device, dtype)
+        generator = torch.Generator().manual_seed(rows)
+        self.pixels = torch.randn(count, 3, rows * 14, cols * 14, generator=generator).to(device, dtype)
         arrays = crop_geometry(rows, cols, levels=scales)
         self.exact = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         self.geometry = {name: matrix.to(dtype) for name, matrix in self.exact.items()}

@@ -80,10 +80,10 @@ def window_eager(query_position: torch.Tensor, *levels: torch.Tensor) -> Tensors
 
 def jbu_case(batch: int, rows: int, cols: int, channels: int, dtype: torch.dtype, device: str) -> Case:
     """A stage with random weights of about unit gain."""
-    made = torch.Generator().manual_seed(rows)
+    generator = torch.Generator().manual_seed(rows)
 
     def normal(*shape: int, gain: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=made) * gain
+        return torch.randn(*shape, generator=generator) * gain
 
     values = {
         "source": normal(batch, rows, cols, channels),
@@ -110,22 +110,22 @@ def window_case(
     batch: int, rows: int, cols: int, channels: int, queries: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
     """All levels of `batch` equal crops, with random features and queries."""
-    made = torch.Generator().manual_seed(rows)
+    generator = torch.Generator().manual_seed(rows)
     geometry = crop_geometry(rows, cols, levels=SCALES, side=side)
     windows, levels, shapes = side * side, [], []
     for scale in SCALES:
         names = (f"{n}_{scale}x_{axis}" for n in ("roi", "window_position") for axis in "yx")
         matrices = [torch.tensor(geometry[name]) for name in names]
         levels += Level(
-            torch.randn(batch, rows * scale, cols * scale, channels, generator=made),
-            torch.rand(batch, rows * scale, cols * scale, generator=made) + 0.5,
+            torch.randn(batch, rows * scale, cols * scale, channels, generator=generator),
+            torch.rand(batch, rows * scale, cols * scale, generator=generator) + 0.5,
             *matrices,
-            torch.randn(windows, channels, queries, generator=made) * channels**-0.5,
-            torch.randn(windows, queries, generator=made),
-            torch.randn(windows, queries, generator=made),
+            torch.randn(windows, channels, queries, generator=generator) * channels**-0.5,
+            torch.randn(windows, queries, generator=generator),
+            torch.randn(windows, queries, generator=generator),
         )
         shapes.append(LevelShape(rows * scale, cols * scale, matrices[0].shape[1], matrices[1].shape[1]))
-    query_position = torch.randn(windows, queries, windows, generator=made)
+    query_position = torch.randn(windows, queries, windows, generator=generator)
     cost = window_cost(shapes, batch=batch, side=side, queries=queries, channels=channels)
     inputs = [tensor.to(device, dtype) for tensor in (query_position, *levels)]
     return Case(f"window attention {batch}x{rows}x{cols}", window_kernel, window_eager, inputs, cost)
@@ -133,12 +133,12 @@ def window_case(
 
 def cases(dtype: torch.dtype, device: str = "cuda") -> list[Case]:
     """Every call that one 1008x672 image needs."""
-    made = []
+    cases = []
     for batch, rows, cols in CROPS:
         for scale in SCALES[:-1]:
-            made.append(jbu_case(batch, rows * scale, cols * scale, CHANNELS, dtype, device))
-        made.append(window_case(batch, rows, cols, CHANNELS, QUERIES, SIDE, dtype, device))
-    return made
+            cases.append(jbu_case(batch, rows * scale, cols * scale, CHANNELS, dtype, device))
+        cases.append(window_case(batch, rows, cols, CHANNELS, QUERIES, SIDE, dtype, device))
+    return cases
 
 
 def error(case: Case) -> float:
@@ -150,7 +150,7 @@ def error(case: Case) -> float:
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median, least and most time of what `call` has the GPU do, its inputs no longer in the L2 cache.
+    """Median, shortest and longest time of what `call` has the GPU do, its inputs no longer in the L2 cache.
 
     Flushing takes the GPU longer than the host needs to queue the call, so that no launch is waited for.
     """
@@ -168,7 +168,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> dict[str, float]:
             flush.zero_()
 
     times = [gpu_time(call, prepare) for _ in range(repeats)]
-    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
 def gpu_time(call: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
