@@ -32,6 +32,6 @@ class Scratch:
     elements: int
 
 
-def power_of_two(n: int, least: int = 16) -> int:
-    """The least power of two that is at least `n` and `least`; tiles have such sides."""
-    return max(least, 1 << (n - 1).bit_length())
+def power_of_two(n: int, minimum: int = 16) -> int:
+    """The least power of two that is at least `n` and `minimum`; tiles have such sides."""
+    return max(minimum, 1 << (n - 1).bit_length())

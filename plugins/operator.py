@@ -125,10 +125,10 @@ def check_shapes(
             )
 
 
-def _check_count(operator: Operator, names: Sequence[str], given: Sequence) -> None:
-    if len(given) != len(names):
+def _check_count(operator: Operator, names: Sequence[str], inputs: Sequence) -> None:
+    if len(inputs) != len(names):
         raise UhdError(
-            f"operator {operator.name}: {len(given)} inputs, expected {len(names)}; export the graph again"
+            f"operator {operator.name}: {len(inputs)} inputs, expected {len(names)}; export the graph again"
         )
 
 

@@ -205,17 +205,17 @@ def _plugin_class(trt: ModuleType) -> type:
             return [types[0]] * self.num_outputs
 
         def get_output_shapes(self, inputs: Sequence[Any], _: Sequence[Any], builder: Any) -> list[Any]:
-            known = [
+            shapes = [
                 [dim.get_constant_value() if dim.is_constant() else None for dim in dims] for dims in inputs
             ]
             try:
-                check_shapes(self.operator, self.attributes, known)
+                check_shapes(self.operator, self.attributes, shapes)
             except UhdError as error:
                 self.building().fail(error)
                 return [inputs[0]] * self.num_outputs
             symbolic = {name: list(dims) for name, dims in zip(self.names, inputs, strict=True)}
-            shapes = self.operator.output_shapes(symbolic, self.attributes, Dims(trt, builder))
-            return [trt.DimsExprs(shape) for shape in shapes]
+            outputs = self.operator.output_shapes(symbolic, self.attributes, Dims(trt, builder))
+            return [trt.DimsExprs(shape) for shape in outputs]
 
         def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
             one = tensors[position].desc

@@ -37,9 +37,9 @@ class Crop:
         places = list(self.places.values())
         others = np.setdiff1d(np.arange(len(self.tokens)), places)
         more = rng.choice(others, max(windows - len(places), 0), replace=False)
-        kept = np.sort(np.concatenate([np.array(places, np.int64), more]))
-        moved = {colour: int(np.searchsorted(kept, place)) for colour, place in self.places.items()}
-        return Crop(self.tokens[torch.from_numpy(kept)], self.codes, moved)
+        windows_left = np.sort(np.concatenate([np.array(places, np.int64), more]))
+        moved = {colour: int(np.searchsorted(windows_left, place)) for colour, place in self.places.items()}
+        return Crop(self.tokens[torch.from_numpy(windows_left)], self.codes, moved)
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,23 @@ class TokenPool:
     def compose(self, rng: np.random.Generator, count: int) -> list[Crop]:
         """`count` slices without two codes of one colour, then any overview."""
         source = self.slices + [crop for image in self.images for crop in image[:-1]]
-        chosen: list[Crop] = []
+        crops: list[Crop] = []
         colours: set[int] = set()
-        while len(chosen) < count:
+        while len(crops) < count:
             crop = source[rng.integers(len(source))]
             if not colours & crop.codes.keys():
-                chosen.append(crop)
+                crops.append(crop)
                 colours |= crop.codes.keys()
         if self.images:
-            chosen.append(self.images[rng.integers(len(self.images))][-1])
-        return chosen
+            crops.append(self.images[rng.integers(len(self.images))][-1])
+        return crops
 
 
 def codes_of(crop: LabelledCrop) -> tuple[dict[int, str], dict[int, int]]:
     """The codes in a labelled crop, and their windows, by colour number."""
-    found = [(i, row) for i, row in enumerate(crop.labels) if row[1] == 1]
-    codes = {int(row[0]): "".join(map(str, row[2:])) for _, row in found}
-    return codes, {int(row[0]): i for i, row in found}
+    printed = [(i, row) for i, row in enumerate(crop.labels) if row[1] == 1]
+    codes = {int(row[0]): "".join(map(str, row[2:])) for _, row in printed}
+    return codes, {int(row[0]): i for i, row in printed}
 
 
 def single_slice(seed: tuple[int, ...]) -> LabelledCrop:

@@ -139,8 +139,8 @@ def _fix_dimensions(network: Any, profiles: Sequence[OptimizationProfile]) -> No
         if corners and all(len(shape) == len(tensor.shape) for shape in corners):
             sizes = [set(column) for column in zip(*corners, strict=True)]
             tensor.shape = [
-                found.pop() if len(found) == 1 and size < 0 else size
-                for size, found in zip(tensor.shape, sizes, strict=True)
+                values.pop() if len(values) == 1 and size < 0 else size
+                for size, values in zip(tensor.shape, sizes, strict=True)
             ]
 
 

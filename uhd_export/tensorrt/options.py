@@ -34,14 +34,14 @@ def target_capabilities(trt: ModuleType, options: EngineOptions) -> tuple[str, .
     if not describe_backend(options.backend).targets:
         return (_only_current(options),)
     supported = supported_capabilities(trt)
-    chosen = options.compute_capabilities or tuple(c for c in DEFAULT_CAPABILITIES if c in supported)
-    for name in chosen:
+    targets = options.compute_capabilities or tuple(c for c in DEFAULT_CAPABILITIES if c in supported)
+    for name in targets:
         if name not in supported:
             raise UhdError(
                 f"compute capability {name}: {options.backend} {trt.__version__} builds for "
                 f"{', '.join(supported)}; for other GPUs build on the device with --backend tensorrt"
             )
-    return tuple(dict.fromkeys(chosen))
+    return tuple(dict.fromkeys(targets))
 
 
 def _only_current(options: EngineOptions) -> str:
