@@ -97,7 +97,7 @@ class Pipeline:
         most = manifest.settings.context
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
-        run = _configured(manifest.settings, grid_mode, max_slices, resize)
+        run = configured(manifest.settings, grid_mode, max_slices, resize)
         vision, language = (
             open_engine(folder / name, manifest.backend, device=device, threads=threads)
             for name in part_files(manifest.backend)
@@ -111,7 +111,7 @@ class Pipeline:
     ) -> None:
         """Change how the next images are cut: grid mode, most slices (1: overview only), longest side."""
         with self._turns.call(ends_answer=False):
-            self.settings = _configured(self.settings, grid_mode, max_slices, resize)
+            self.settings = configured(self.settings, grid_mode, max_slices, resize)
 
     def plan(self, image: Image.Image) -> SlicePlan:
         """How an RGB `image` is cut."""
@@ -249,7 +249,7 @@ class Pipeline:
         self.close()
 
 
-def _configured(
+def configured(
     settings: Settings, grid_mode: str | None, max_slices: int | None, resize: int | Keep | None
 ) -> Settings:
     """`settings` with what is given in its place. Raises UhdError where it is out of range."""

@@ -1,7 +1,9 @@
 """One interface over the backends that run a graph."""
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +27,39 @@ class TensorInfo:
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
 
+class Stopped(Exception):
+    """A run was ended by its `Stop`."""
+
+
+class Stop:
+    """Ends runs from another thread, where the backend can; elsewhere a run goes to its end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._lock = threading.Lock()
+        self._end: Callable[[], None] | None = None
+
+    def request(self) -> None:
+        """End the run that holds this, and refuse any later one."""
+        with self._lock:
+            self.requested = True
+            if self._end is not None:
+                self._end()
+
+    @contextmanager
+    def ending(self, end: Callable[[], None]) -> Iterator[None]:
+        """For the time of a run, `end` is what ends it. Raises Stopped where that was requested before."""
+        with self._lock:
+            if self.requested:
+                raise Stopped
+            self._end = end
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._end = None
+
+
 class Binding(ABC):
     """An engine with some inputs and outputs bound to buffers that stay on the device between calls.
 
@@ -35,8 +70,15 @@ class Binding(ABC):
     """Size of the persistent buffers, each counted once."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+        """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not.
+
+        Raises Stopped where `stop` ended it; what the buffers hold of this run is then undefined.
+        """
+
+    def rows(self, start: int, stop: int) -> "Binding":
+        """A binding on rows `start` to `stop` of the same memory, where the first axis is free."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows")
 
     @abstractmethod
     def read(self, name: str) -> NDArray[Any]:
@@ -54,15 +96,15 @@ class Engine(ABC):
     """Device memory the engine needs beside its weights and bound buffers, where the backend knows."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """Run once on all inputs by name; returns all outputs by name, as arrays of their own.
 
-        Raises ValueError where a feed is missing, unknown or of another type.
+        Raises ValueError where a feed is missing, unknown or of another type, Stopped where `stop` ended it.
         """
 
-    def infer_resident(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def infer_resident(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, Array]:
         """As `infer`, but outputs stay on the engine's device where it is not this machine's memory."""
-        return self.infer(feeds)
+        return self.infer(feeds, stop)
 
     def gather(self, pieces: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """(S, D) rows of all `pieces`, one after the other, where the engine reads them without a copy.

@@ -1,7 +1,5 @@
 """ONNX Runtime as an engine, on the CPU or a CUDA device."""
 
-import math
-import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from uhd_export.runtime.engines.base import Binding, Engine, TensorInfo, check_feeds
+from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, TensorInfo, check_feeds
+from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, parse_device
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain
@@ -87,11 +86,11 @@ class OrtEngine(Engine):
         files = [self.path, self.path.with_name(f"{self.path.name}.data")]
         self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`."""
         check_feeds(feeds, self.inputs, {})
-        with self.errors():
-            results = self.session.run(None, dict(feeds))
+        with self.errors(), _stoppable(stop) as options:
+            results = self.session.run(None, dict(feeds), options)
         return dict(zip(self.outputs, results, strict=True))
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
@@ -125,42 +124,48 @@ class OrtEngine(Engine):
 class OrtBinding(Binding):
     """Buffers of an `OrtEngine` bound once through IOBinding."""
 
-    def __init__(self, engine: OrtEngine, shared: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-        self._engine, self._shared = engine, dict(shared)
+    def __init__(
+        self,
+        engine: OrtEngine,
+        shared: Mapping[str, str],
+        sizes: Mapping[str, int],
+        buffers: Mapping[str, Buffer] | None = None,
+    ) -> None:
+        self._engine, self._shared, self._sizes = engine, dict(shared), dict(sizes)
         self._binding = engine.session.io_binding()
-        self._buffers: dict[str, ort.OrtValue] = {}
+        self._buffers = dict(buffers or {})
         self._unproven = engine.device.kind == "cuda" and bool(shared)
         self.nbytes = 0
         _check_placement(engine, shared)
         for past, present in shared.items():
             info = engine.inputs[past]
-            shape = info.resolve(sizes)
-            buffer = _zeros(shape, info.dtype, engine.device)
-            self.nbytes += math.prod(shape) * info.dtype.itemsize
-            self._buffers[past] = buffer
-            self._binding.bind_ortvalue_input(past, buffer)
-            self._binding.bind_ortvalue_output(present, buffer)
+            if past not in self._buffers:
+                self._buffers[past] = Buffer.zeros(info.resolve(sizes), info.dtype, engine.device)
+            buffer = self._buffers[past]
+            self.nbytes += buffer.nbytes
+            self._binding.bind_input(past, *buffer.place)
+            self._binding.bind_output(present, *buffer.place)
         # Outputs of known shape are bound once too, to host memory.
         self._results: dict[str, ort.OrtValue] = {}
         self._free: list[str] = []
         for name in engine.outputs.keys() - set(shared.values()):
             info = engine.outputs[name]
-            if any(isinstance(d, str) for d in info.shape):
+            if any(isinstance(d, str) and d not in sizes for d in info.shape):
                 self._free.append(name)
             else:
-                result = ort.OrtValue.ortvalue_from_shape_and_type(info.shape, info.dtype)
+                result = ort.OrtValue.ortvalue_from_shape_and_type(info.resolve(sizes), info.dtype)
                 self._results[name] = result
                 self._binding.bind_ortvalue_output(name, result)
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`."""
         check_feeds(feeds, self._engine.inputs, self._shared)
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name in self._free:  # anew each time, since the shape may change
             self._binding.bind_output(name, "cpu")
-        with self._engine.errors():
-            self._engine.session.run_with_iobinding(self._binding)
+        with self._engine.errors(), _stoppable(stop) as options:
+            self._engine.session.run_with_iobinding(self._binding, options)
         if self._unproven:
             self._check_update()
         results = dict(self._results)
@@ -170,14 +175,23 @@ class OrtBinding(Binding):
         # On the CPU `numpy` only borrows the memory, which the next run overwrites.
         return {name: value.numpy().copy() for name, value in results.items()}
 
+    def rows(self, start: int, stop: int) -> "OrtBinding":
+        """See `Binding.rows`."""
+        axes = {self._engine.inputs[past].shape[0] for past in self._shared}
+        axis = next(iter(axes))
+        if len(axes) != 1 or not isinstance(axis, str):
+            raise UhdError(f"engine {self._engine.path}: its cache has no rows; build the bundle again")
+        parts = {name: buffer.rows(start, stop) for name, buffer in self._buffers.items()}
+        return OrtBinding(self._engine, self._shared, self._sizes | {axis: stop - start}, parts)
+
     def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""
-        return self._buffers[name].numpy().copy()
+        return self._buffers[name].read()
 
     def _check_update(self) -> None:
         """After the first run: a buffer that is zero still was not updated in place. Raises UhdError."""
         name = next(reversed(self._buffers))
-        if not self._buffers[name].numpy().any():
+        if not self._buffers[name].read().any():
             raise UhdError(
                 f"engine {self._engine.path}: {name} is not updated in place on {self._engine.device}; "
                 "this ONNX Runtime cannot run it: use another version, or --device cpu"
@@ -228,17 +242,20 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> ort.OrtValue:
-    """A buffer of zeros on `device`."""
-    if device.kind == "cpu":
-        # Memory from the system is zero, and there only from the first write on, page by page: a cache costs
-        # what has been used of it. Not so `np.zeros`, which asks for huge pages, each as long as a head's
-        # 4096 positions. The value borrows the array's memory and keeps the array, as that does the mapping.
-        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-        return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(pages, dtype).reshape(shape))
-    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
-    buffer.update_inplace(np.zeros(shape, dtype))
-    return buffer
+@contextmanager
+def _stoppable(stop: Stop | None) -> Iterator[ort.RunOptions | None]:
+    """Options of a run that `stop` can end; without it the usual ones."""
+    if stop is None:
+        yield None
+        return
+    options = ort.RunOptions()
+    with stop.ending(lambda: setattr(options, "terminate", True)):
+        try:
+            yield options
+        except Exception:  # the binding's exceptions have no common base but this
+            if stop.requested:
+                raise Stopped from None
+            raise
 
 
 def _describe(value: ort.NodeArg) -> TensorInfo:

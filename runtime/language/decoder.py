@@ -15,6 +15,8 @@ LOGITS = "logits"
 PAST = "past_key_values.{}.{}"
 PRESENT = "present.{}.{}"
 KEY_VALUE = ("key", "value")
+# The free dimension of sequences that run together, where a graph has one.
+ROWS = "rows"
 # ONNX Runtime's GroupQueryAttention: index of the last position, and number of positions.
 SEQUENCE_LENGTHS = "seqlens_k"
 TOTAL_LENGTH = "total_sequence_length"
@@ -47,7 +49,7 @@ class Decoder:
         pattern = re.escape(PAST).replace(r"\{\}", "(.+)")
         found = [(name, re.fullmatch(pattern, name)) for name in engine.inputs]
         shared = {name: PRESENT.format(*match.groups()) for name, match in found if match}
-        self._cache = engine.bind(shared, {"capacity": context})
+        self._cache = engine.bind(shared, {"capacity": context, ROWS: 1})
 
     @property
     def kv_bytes(self) -> int:

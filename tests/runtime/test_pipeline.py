@@ -33,7 +33,7 @@ def counted(fresh, monkeypatch):
     """Shapes of the pixels that the vision engine was run on."""
     shapes, infer = [], fresh.vision.infer
     monkeypatch.setattr(
-        fresh.vision, "infer", lambda feeds: shapes.append(feeds["pixels"].shape) or infer(feeds)
+        fresh.vision, "infer", lambda feeds, stop: shapes.append(feeds["pixels"].shape) or infer(feeds, stop)
     )
     return shapes
 

@@ -14,6 +14,7 @@ from uhd_export.runtime.language.decoder import (
     KEY_VALUE,
     PAST,
     PRESENT,
+    ROWS,
     SEQUENCE_LENGTHS,
     TOTAL_LENGTH,
     WRITE_INDEX,
@@ -40,12 +41,12 @@ class Dialect(ABC):
     ) -> None:
         self.config, self.source, self.dtype, self.context = config, source, dtype, context
         self.builder = GraphBuilder("language", opset=self.opset)
-        self.embeds = self.builder.input(EMBEDS, dtype, (1, "sequence", config.hidden))
+        self.embeds = self.builder.input(EMBEDS, dtype, (self.rows, "sequence", config.hidden))
         self._declare_positions()
         cos, sin = rotary_cache(config, context)
         self._cos = self.builder.weight("rotary.cos", cos.shape, dtype, lambda: cos)
         self._sin = self.builder.weight("rotary.sin", sin.shape, dtype, lambda: sin)
-        self._cache_shape = (1, config.kv_heads, self.capacity, config.head_size)
+        self._cache_shape = (self.rows, config.kv_heads, self.capacity, config.head_size)
         self._past = [
             [self.builder.input(PAST.format(i, part), dtype, self._cache_shape) for part in KEY_VALUE]
             for i in range(config.layers)
@@ -56,6 +57,11 @@ class Dialect(ABC):
     def capacity(self) -> int | str:
         """Positions in the cache; here the runtime chooses them, up to the context."""
         return "capacity"
+
+    @property
+    def rows(self) -> int | str:
+        """Sequences in one run, each in its own row of the cache."""
+        return 1
 
     @abstractmethod
     def _declare_positions(self) -> None:
@@ -95,8 +101,13 @@ class OnnxRuntimeDialect(Dialect):
 
     opset = 23
 
+    @property
+    def rows(self) -> str:
+        """Chosen by the runtime; GroupQueryAttention takes a length for each row."""
+        return ROWS
+
     def _declare_positions(self) -> None:
-        self._lengths = self.builder.input(SEQUENCE_LENGTHS, ir.DataType.INT32, (1,))
+        self._lengths = self.builder.input(SEQUENCE_LENGTHS, ir.DataType.INT32, (self.rows,))
         self._total = self.builder.input(TOTAL_LENGTH, ir.DataType.INT32, ())
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:

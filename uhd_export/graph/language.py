@@ -1,8 +1,9 @@
 """The language model as an ONNX graph, emitted layer by layer from tensors that are read while writing.
 
-Inputs: inputs_embeds (1, S, D), the cache `past_key_values.I.key|value` (1, kv_heads, capacity, head_size),
-and the dialect's position inputs. Outputs: `logits` (1, 1, vocab) float32 of the last position, and the
-updated cache `present.I.key|value`, which a backend binds to the same buffers as the past.
+Inputs: inputs_embeds (B, S, D), the cache `past_key_values.I.key|value` (B, kv_heads, capacity, head_size),
+and the dialect's position inputs. Outputs: `logits` (B, 1, vocab) float32 of the last position, and the
+updated cache `present.I.key|value`, which a backend binds to the same buffers as the past. B is free in the
+onnxruntime dialect, where each row has a length of its own, and 1 in the tensorrt dialect.
 """
 
 import os
@@ -104,7 +105,7 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
     logits = project(normed, "lm_head", config.hidden, config.vocab)
     if graph.dtype != ir.DataType.FLOAT:
         logits = builder.op("Cast", logits, to=ir.DataType.FLOAT)
-    builder.output(logits, LOGITS, ir.DataType.FLOAT, (1, 1, config.vocab), direct=True)
+    builder.output(logits, LOGITS, ir.DataType.FLOAT, (graph.rows, 1, config.vocab), direct=True)
     graph.declare_present()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uhd_export.runtime.engines.base import Binding, Engine, check_feeds
+from uhd_export.runtime.engines.base import Binding, Engine, Stop, check_feeds
 from uhd_export.runtime.engines.tensorrt.backend import (
     BACKENDS,
     logger,
@@ -74,13 +74,13 @@ class TensorrtEngine(Engine):
         """The engine's own figure for activations at the largest shapes of any profile."""
         return self._engine.device_memory_size_v2
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`. Feeds may be device arrays too."""
         check_feeds(feeds, self.inputs, {})
         with plugin_errors(self._plugins):
             return self._fetch(self._alone().run(feeds))
 
-    def infer_resident(self, feeds: Mapping[str, Array]) -> dict[str, DeviceArray]:
+    def infer_resident(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, DeviceArray]:
         """As `infer`, but the outputs are arrays of their own on the device."""
         check_feeds(feeds, self.inputs, {})
         with plugin_errors(self._plugins):
@@ -211,7 +211,7 @@ class TensorrtBinding(Binding):
         bound = {name: self._arrays[past] for past, present in shared.items() for name in (past, present)}
         self._context = engine.context(bound, graphs=True)
 
-    def infer(self, feeds: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`. Feeds may be device arrays too, which are read where they are."""
         check_feeds(feeds, self._engine.inputs, self._shared)
         return self._engine._fetch(self._context.run(feeds))

@@ -39,7 +39,7 @@ class Evaluator:
         self.dtype = np.dtype(dtype)
         inputs = zip(self.session.input_names, self.session.input_types, strict=True)
         self.cache = {
-            name: np.zeros([d.dim_value or CONTEXT for d in kind.tensor_type.shape.dim], dtype)
+            name: np.zeros([1, *(d.dim_value or CONTEXT for d in kind.tensor_type.shape.dim[1:])], dtype)
             for name, kind in inputs
             if name.startswith("past")
         }

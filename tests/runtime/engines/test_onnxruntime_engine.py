@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.base import Stop, Stopped
 from uhd_export.runtime.engines.wheels import both_wheels
 from uhd_export.runtime.errors import UhdError
 
@@ -40,6 +43,38 @@ def test_inputs_outputs_and_results(accumulator):
         np.testing.assert_array_equal(results["total"], 3 * x)
         np.testing.assert_array_equal(results["mean"], 3 * x.mean(0))
         assert engine.weight_bytes == sum(f.stat().st_size for f in accumulator.parent.iterdir())
+
+
+def test_rows_of_a_binding_are_the_same_memory(accumulator):
+    with open_engine(accumulator, threads=1) as engine:
+        whole = engine.bind({"past": "total"}, {"size": 4})
+        part = whole.rows(1, 3)
+        assert part.nbytes == 2 * 2 * 4
+        x = np.array([[1, 2], [3, 4]], np.float32)
+        assert part.infer({"x": x})["mean"].tolist() == [2, 3]
+        part.rows(1, 2).infer({"x": x[:1]})
+        assert whole.read("past").tolist() == [[0, 0], [1, 2], [4, 6], [0, 0]]
+        del whole
+        assert part.read("past").tolist() == [[1, 2], [4, 6]]
+
+
+def test_a_run_can_be_stopped_from_another_thread(tmp_path):
+    builder = GraphBuilder("long")
+    x = builder.input("x", ir.DataType.FLOAT, (600, 600))
+    y = x
+    for _ in range(3000):
+        y = builder.op("MatMul", y, x)
+    builder.output(y, "y", ir.DataType.FLOAT, (600, 600))
+    builder.save(tmp_path / "long.onnx")
+    with open_engine(tmp_path / "long.onnx", threads=1) as engine:
+        feeds, stop = {"x": np.zeros((600, 600), np.float32)}, Stop()
+        threading.Timer(0.1, stop.request).start()
+        start = time.perf_counter()
+        with pytest.raises(Stopped):
+            engine.infer(feeds, stop)
+        assert time.perf_counter() - start < 2
+        with pytest.raises(Stopped):  # and what comes after it does not begin
+            engine.bind({}, {}).infer(feeds, stop)
 
 
 def test_a_binding_keeps_its_buffer_and_others_have_their_own(accumulator):

@@ -1,0 +1,1 @@
+"""Many callers on one device: continuous batching, its limits, and the doors to it."""

@@ -1,0 +1,203 @@
+"""A bundle that serves many callers: what every door, be it HTTP or a file of questions, goes through."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+from uhd_export.runtime.bundle.integrity import verify_files
+from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from uhd_export.runtime.engines.backends import default_device, open_engine
+from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.encoder import VisionEncoder
+from uhd_export.runtime.language.decoder import EMBEDS
+from uhd_export.runtime.language.embeddings import EmbeddingTable
+from uhd_export.runtime.language.prompt import load_tokenizer
+from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
+from uhd_export.runtime.memory import available_memory
+from uhd_export.runtime.pipeline import KEEP, configured
+from uhd_export.runtime.serving.choice import Choosing
+from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
+from uhd_export.runtime.serving.grammar import Grammar, Grammars
+from uhd_export.runtime.serving.images import EncodedImages, ImageCutter
+from uhd_export.runtime.serving.memory import plan_memory
+from uhd_export.runtime.serving.request import AnswerStream, Request, Summary
+from uhd_export.runtime.serving.rows import Rows
+from uhd_export.runtime.serving.scheduler import Limits, Scheduler
+from uhd_export.runtime.serving.vision import VisionWorker
+from uhd_export.runtime.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceOptions:
+    """`slots` answers at a time, each with room for `context` positions (default: the bundle's);
+    `image_cache` bytes of encoded images are kept.
+    """
+
+    slots: int = 4
+    context: int | None = None
+    image_cache: int = 256 << 20
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Raise UhdError naming a field that is out of range."""
+        if self.slots < 1:
+            raise UhdError(f"slots: {self.slots} is out of range; use 1 or more")
+        if self.image_cache < 0:
+            raise UhdError(f"image cache: {self.image_cache} is out of range; use 0 or more bytes")
+
+
+class Service:
+    """Open one with `Service.open`; use it as a context manager or `close` it. Any thread may call it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        settings: Settings,
+        engines: tuple[Engine, Engine],
+        options: ServiceOptions,
+        on_end: Callable[[Summary], None],
+    ) -> None:
+        vision, language = engines
+        self.manifest, self.settings, self.options = manifest, settings, options
+        self._engines = engines
+        self.context = options.context or settings.context
+        self.memory = plan_memory(
+            manifest.model,
+            language.inputs[EMBEDS].dtype,
+            slots=options.slots,
+            context=self.context,
+            encoded=options.image_cache,
+            waiting=options.limits.waiting,
+        )
+        if default_device(manifest.backend) == "cpu":
+            self.memory.check(available_memory())
+        self.tokenizer = load_tokenizer(folder / TOKENIZER)
+        self.encoded = EncodedImages(options.image_cache)
+        self._cutter = ImageCutter(manifest.model, settings, self.encoded)
+        encoder = VisionEncoder(vision, manifest.model, roi_rounding=settings.roi_rounding)
+        rows = Rows(language, options.slots, self.context)
+        self._grammars = Grammars(self.tokenizer, rows.vocab, manifest.model.language.eos)
+        self.scheduler = Scheduler(
+            rows,
+            language,
+            lambda on_done: VisionWorker(encoder, on_done),
+            EmbeddingTable(folder / EMBEDDINGS),
+            self.tokenizer,
+            manifest.model.language.eos,
+            encoded=self.encoded,
+            limits=options.limits,
+            on_end=on_end,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        options: ServiceOptions | None = None,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        slicing: Mapping[str, Any] | None = None,
+        on_end: Callable[[Summary], None] = lambda summary: None,
+    ) -> Self:
+        """Open the bundle in folder `bundle`, as `Pipeline.open` does.
+
+        `slicing` has `grid_mode`, `max_slices` and `resize` in place of the bundle's. Raises UhdError where
+        it cannot be trusted, run or held.
+        """
+        folder, options = Path(bundle), options or ServiceOptions()
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        most = manifest.settings.context
+        if options.context is not None and not 1 <= options.context <= most:
+            raise UhdError(
+                f"context {options.context}: must be 1 to {most}, the positions this bundle was built for"
+            )
+        slicing = slicing or {}
+        settings = configured(
+            manifest.settings,
+            slicing.get("grid_mode"),
+            slicing.get("max_slices"),
+            slicing.get("resize", KEEP),
+        )
+        vision, language = (
+            open_engine(folder / name, manifest.backend, device=device, threads=threads)
+            for name in part_files(manifest.backend)
+        )
+        try:
+            return cls(folder, manifest, settings, (vision, language), options, on_end)
+        except BaseException:
+            vision.close()
+            language.close()
+            raise
+
+    def plan(self, image: Image.Image) -> PlannedImage:
+        """How an RGB `image` is cut. Raises UhdError where it cannot be."""
+        return self._cutter.plan(image)
+
+    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a dialogue, -200 where an image goes."""
+        return dialogue_ids(self.tokenizer, self.settings.template, messages)
+
+    def json_schema(self, schema: dict[str, Any]) -> Grammar:
+        """What an answer that follows `schema` may be."""
+        return self._grammars.json_schema(schema)
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image] = (),
+        *,
+        max_tokens: int | None = None,
+        choosing: Choosing | None = None,
+        stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
+        seconds: float | None = None,
+        caller: str = "",
+    ) -> Request:
+        """A request about RGB `images`, cut and checked. Raises UhdError naming what cannot be answered."""
+        if max_tokens is not None and max_tokens < 1:
+            raise UhdError(f"max_tokens: {max_tokens} is out of range; use 1 or more")
+        ids = self.token_ids(messages)
+        cut = [self._cutter.cut(image) for image in images]
+        sequence = PromptSequence(ids, [image.planned for image, _ in cut])
+        if len(sequence) > self.context:
+            raise UhdError(
+                f"messages: {len(sequence)} positions are more than the context of {self.context}; shorten "
+                "them, or send fewer or smaller images"
+            )
+        return Request(
+            sequence,
+            tuple(image for image, _ in cut),
+            max_tokens,
+            choosing or Choosing(),
+            tuple(stop),
+            grammar,
+            seconds,
+            caller,
+            sum(seconds for _, seconds in cut),
+        )
+
+    def submit(self, request: Request) -> AnswerStream:
+        """Ask for an answer. Raises Busy where too many wait, Closed when the service ends."""
+        return self.scheduler.submit(request)
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more, give what is under way `grace` seconds, and free both engines."""
+        self.scheduler.close(grace)
+        for engine in self._engines:
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
