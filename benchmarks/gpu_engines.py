@@ -100,7 +100,7 @@ def onnxruntime_encode(graph: Path, shapes: Sequence[Shape]) -> Callable[[], lis
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise Unavailable("this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu")
+        raise Unavailable("this ONNX Runtime has no CUDA provider; pip install 'uhd-export[cuda]'")
     session = ort.InferenceSession(graph, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     if "CUDAExecutionProvider" not in session.get_providers():  # its libraries do not load
         raise Unavailable("ONNX Runtime cannot use CUDA here; check the driver and the CUDA libraries")

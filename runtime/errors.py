@@ -35,8 +35,9 @@ _NO_SPACE = re.compile(r"no space left|os error 28|\d+ requested and \d+ written
 # Packages that not every installation has, with the extra of ours that brings them.
 _EXTRAS = {
     **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir"), "export"),
+    "onnxruntime": "cpu",
     **dict.fromkeys(("safetensors", "sentencepiece", "torch"), "export"),
-    "triton": "tensorrt",
+    "triton": "tensorrt-rtx",
 }
 
 

@@ -7,12 +7,13 @@ from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
 
 _TENSORRT = "uhd_export.runtime.engines.tensorrt.engine"
+_INSTALL_ORT = "pip install 'uhd-export[cpu]', or 'uhd-export[cuda]' for an NVIDIA GPU"
 # Backend name: the module to import, its engine class, the device by default, and what to install where
 # the import fails.
 _BACKENDS = {
-    "onnxruntime": ("uhd_export.runtime.engines.onnxruntime", "OrtEngine", "cpu", "pip install onnxruntime"),
-    "tensorrt-rtx": (_TENSORRT, "TensorrtEngine", "cuda", "pip install tensorrt-rtx"),
-    "tensorrt": (_TENSORRT, "TensorrtEngine", "cuda", "pip install tensorrt"),
+    "onnxruntime": ("uhd_export.runtime.engines.onnxruntime", "OrtEngine", "cpu", _INSTALL_ORT),
+    "tensorrt-rtx": (_TENSORRT, "TensorrtEngine", "cuda", "pip install 'uhd-export[tensorrt-rtx]'"),
+    "tensorrt": (_TENSORRT, "TensorrtEngine", "cuda", "pip install 'uhd-export[tensorrt]'"),
 }
 
 

@@ -1,7 +1,7 @@
 """What is distributed: a source distribution that its tests can run from, and a wheel built of it.
 
-The wheel is installed with its base dependencies alone and used in a folder full of rivals: files of the
-names that our folders have in the repository, none of which may ever be executed.
+The wheel is installed with its base dependencies and one backend, and used in a folder full of rivals: files
+of the names that our folders have in the repository, none of which may ever be executed.
 """
 
 import email
@@ -73,13 +73,13 @@ def metadata(wheel) -> email.message.Message:
         return email.message_from_bytes(archive.read(name))
 
 
-def base_distributions(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
-    """The installed distributions that `requirements` lead to without any extra."""
+def distributions(requirements: list[str], extra: str) -> Iterator[importlib.metadata.Distribution]:
+    """The installed distributions that `requirements` lead to with `extra` of ours, and none of others."""
     waiting, seen = list(requirements), set()
     while waiting:
         needed = Requirement(waiting.pop())
         name = re.sub("[-_.]+", "-", needed.name).lower()
-        if name not in seen and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+        if name not in seen and (needed.marker is None or needed.marker.evaluate({"extra": extra})):
             seen.add(name)
             found = importlib.metadata.distribution(needed.name)
             waiting += found.requires or []
@@ -88,11 +88,11 @@ def base_distributions(requirements: list[str]) -> Iterator[importlib.metadata.D
 
 @pytest.fixture(scope="module")
 def environment(wheel, metadata, tmp_path_factory) -> Path:
-    """A virtual environment with the wheel, and links to the base dependencies of this environment."""
+    """A virtual environment with the wheel, and links to what the extra cpu brings in this environment."""
     folder = tmp_path_factory.mktemp("fresh")
     links, env = folder / "dependencies", folder / "env"
     links.mkdir()
-    for found in base_distributions(metadata.get_all("Requires-Dist")):
+    for found in distributions(metadata.get_all("Requires-Dist"), "cpu"):
         for top in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
             if not (links / top).exists():
                 (links / top).symlink_to(found.locate_file(top))
@@ -174,13 +174,21 @@ def test_what_the_wheel_says_of_itself(wheel, metadata):
     versions = {name for name in metadata.get_all("Classifier") if name.startswith(python)}
     assert versions == {python + minor for minor in ("11", "12", "13")}
     assert "Typing :: Typed" in metadata.get_all("Classifier")
-    assert set(metadata.get_all("Provides-Extra")) == {"export", "gptq", "tensorrt", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "cpu",
+        "cuda",
+        "tensorrt-rtx",
+        "tensorrt",
+        "export",
+        "gptq",
+        "dev",
+    }
     with zipfile.ZipFile(wheel) as archive:
         licence = next(name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_environment_holds_base_dependencies_only(among_rivals):
+def test_the_environment_holds_no_more_than_a_device_needs(among_rivals):
     names = [*HEAVY, "numpy", "onnxruntime", "uhd_export"]
     code = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
     assert among_rivals("python", "-c", code) == "['numpy', 'onnxruntime', 'uhd_export']\n"
@@ -202,6 +210,19 @@ def test_commands_among_rivals(among_rivals, program, nano_bundle):
     options = ("--size", "500x336", "--repeats", "1", "--tokens", "2", "--grid", "selective", "--json")
     measured = json.loads(uhd("profile", nano_bundle, *options))
     assert len(measured["modes"]) == 1 and measured["repeats"] == 1
+
+
+def test_without_a_backend_one_line_says_what_to_install(environment, nano_bundle, tmp_path):
+    hidden = tmp_path / "onnxruntime"
+    hidden.mkdir()
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError('no module', name='onnxruntime')\n")
+    command = [environment / "bin" / "uhd-export", "run", nano_bundle, ROOT / "examples" / "cards-1.png", "?"]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: backend onnxruntime: not installed .*'uhd-export\[cpu\]', or .*\n", done.stderr
+    )
 
 
 def test_the_public_names_among_rivals(among_rivals):

@@ -91,7 +91,10 @@ def test_options_are_checked_before_anything_is_written(spoken_checkpoint, tmp_p
     for options, message in [
         ({"compute_capabilities": ["9.0"]}, r"^compute capability 9.0: .*--backend tensorrt$"),
         ({"compute_capabilities": ["7.5"]}, r"^compute capability 7.5: .*use --no-plugins$"),
-        ({"backend": "tensorrt"}, r"^backend tensorrt: not installed .*; pip install tensorrt$"),
+        (
+            {"backend": "tensorrt"},
+            r"^backend tensorrt: not installed .*; pip install 'uhd-export\[tensorrt\]'$",
+        ),
     ]:
         options = {
             "backend": "tensorrt-rtx",

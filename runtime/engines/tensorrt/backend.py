@@ -17,6 +17,8 @@ from typing import Any
 from uhd_export.runtime.errors import UhdError
 
 _LIBRARY = "libtensorrt_rtx.so"
+# The first TensorRT with all operators of the language graph.
+MINIMUM = (10, 15, 1)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Backend:
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("tensorrt-rtx", "tensorrt_rtx", "pip install tensorrt-rtx==1.7.1.116", True),
-        Backend("tensorrt", "tensorrt", "pip install tensorrt", False),
+        Backend("tensorrt-rtx", "tensorrt_rtx", "pip install 'uhd-export[tensorrt-rtx]'", True),
+        Backend("tensorrt", "tensorrt", "pip install 'uhd-export[tensorrt]'", False),
     )
 }
 
@@ -58,7 +60,19 @@ def open_tensorrt(backend: str) -> ModuleType:
         raise UhdError(f"backend {backend}: not installed ({error}); {about.install}") from None
     if backend == "tensorrt-rtx":
         _link_library()
+    else:
+        _check_version(trt)
     return trt
+
+
+def _check_version(trt: ModuleType) -> None:
+    """Refuse a TensorRT that lacks operators of the language graph, whose parser would say little."""
+    version = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])
+    if version < MINIMUM:
+        raise UhdError(
+            f"backend tensorrt: version {trt.__version__} has no RotaryEmbedding; "
+            f"{'.'.join(map(str, MINIMUM))} or newer is needed (on a Jetson: JetPack 7.2 or newer)"
+        )
 
 
 def supported_capabilities(trt: ModuleType) -> dict[str, Any]:

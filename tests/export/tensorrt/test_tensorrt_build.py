@@ -255,7 +255,10 @@ def test_errors_name_the_remedy(tmp_path):
             EngineOptions(compute_capabilities=("8.6", "9.0")),
         ),
         (r"^backend 'tflite': unknown; use one of tensorrt-rtx, tensorrt$", EngineOptions("tflite")),
-        (r"^backend tensorrt: not installed .*; pip install tensorrt$", EngineOptions("tensorrt")),
+        (
+            r"^backend tensorrt: not installed .*; pip install 'uhd-export\[tensorrt\]'$",
+            EngineOptions("tensorrt"),
+        ),
     ]:
         refused(message, graph, out, SMALL, options)
     refused(

@@ -188,5 +188,7 @@ def test_two_wheels_in_one_folder_are_named(accumulator, tmp_path, monkeypatch):
 def test_a_backend_that_is_not_installed_says_what_to_install(accumulator, monkeypatch):
     monkeypatch.delitem(sys.modules, "uhd_export.runtime.engines.onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UhdError, match=r"^backend onnxruntime: not installed .*pip install onnxruntime$"):
+    with pytest.raises(
+        UhdError, match=r"^backend onnxruntime: not installed .*'uhd-export\[cpu\]', or .*\[cuda\]"
+    ):
         open_engine(accumulator)

@@ -417,7 +417,9 @@ def test_without_a_gpu_or_the_backend(language, tmp_path, monkeypatch):
         with pytest.raises(UhdError, match=r"^GPU: "):
             open_engine(tmp_path / "x.engine", "tensorrt-rtx", device="cuda")
     fake_engine(tmp_path / "x.engine", graph, replace(record, backend="tensorrt"))
-    with pytest.raises(UhdError, match=r"^backend tensorrt: not installed .*; pip install tensorrt$"):
+    with pytest.raises(
+        UhdError, match=r"^backend tensorrt: not installed .*; pip install 'uhd-export\[tensorrt\]'$"
+    ):
         open_engine(tmp_path / "x.engine", "tensorrt", device="cuda")
     with pytest.raises(UhdError, match="no such file"):
         open_engine(tmp_path / "missing.engine", "tensorrt-rtx", device="cuda")
