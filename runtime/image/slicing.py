@@ -82,14 +82,17 @@ def plan_slices(
 
 
 def _fit_longest_side(size: Size, longest: int, upscale_only: bool) -> Size:
-    """The evaluation loader's resize: longest side to `longest`, the other truncated."""
+    """The evaluation loader's resize: longest side to `longest`, the other truncated.
+
+    The quotient is rounded first, and a square image keeps its height: 685x685 at 1024 is 1023x1024.
+    """
     width, height = size
     if longest < 1:
         raise UhdError(f"resize {longest}: the longest side must be at least one pixel")
     if width > height:
-        new = (longest, int(height * longest / width))
+        new = (longest, int((longest / width) * height))
     else:
-        new = (int(width * longest / height), longest)
+        new = (int((longest / height) * width), longest)
     if upscale_only and new[0] <= width:
         return size
     if min(new) < 1:

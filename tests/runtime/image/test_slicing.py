@@ -120,3 +120,13 @@ def test_resizing_first_bounds_the_longest_side(width, height, longest):
 def test_impossible_sizes_are_named(size, options, field):
     with pytest.raises(UhdError, match=field):
         plan_slices(size, **options)
+
+
+def test_the_resized_sizes_are_the_released_ones():
+    squares = [plan_slices((n, n), resize=1024).resized_size for n in range(28, 4001)]
+    assert all(height == 1024 for _, height in squares)
+    assert sum(width == 1023 for width, _ in squares) == 483
+    sizes = {(685, 685): (1023, 1024), (196, 147): (1024, 767), (147, 196): (767, 1024)}
+    sizes |= {(400, 300): (1024, 768), (7664, 4311): (1024, 575), (1600, 900): (1024, 576)}
+    for size, expected in sizes.items():
+        assert plan_slices(size, resize=1024).resized_size == expected
