@@ -112,7 +112,7 @@ def quantize(
     work = Work(out.with_name(f".{out.name}.quantize"))
     raw = read_json(Path(config) if config else folder / "config.json")
     raw["quantization_config"] = quantization_config(gptq, version)
-    with closing(Checkpoint(folder)) as checkpoint, output_errors(out):
+    with closing(Checkpoint(folder, parsed.language.vocab)) as checkpoint, output_errors(out):
         work.prepare(identity, say)
         saved = work.load_activations()
         if saved is not None:
@@ -167,7 +167,7 @@ def _accuracy(
 ) -> Accuracy:
     """The embedded model's accuracy before, rounded to the nearest, and after."""
     rounding = Quantization("rtn", gptq.group, gptq.symmetric, False, "dense", "float")
-    after = GptqCheckpoint(quantized)
+    after = GptqCheckpoint(quantized, config.language.vocab)
     weights = {"before": checkpoint, "rtn": RoundedView(checkpoint, config.language, rounding), "gptq": after}
     try:
         with progress_bar("asking", questions, show=progress) as bar:

@@ -153,7 +153,7 @@ def build_bundle(
     _check_before(folder, parsed, Path(out), options, force, quantize is not None)
     if quantize is not None:
         source = folder = quantize()
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, parsed.language.vocab)
     try:
         quantization = resolve(checkpoint, parsed.language, options.weights)
         needed = _estimate_bytes(checkpoint, options)
@@ -185,7 +185,7 @@ def _check_before(
     if options.context is not None:
         _refuse_small_context(options.context, config, checkpoint_tokenizer(folder))
         check_context(config.language, options.context)
-    with closing(open_checkpoint(folder)) as checkpoint:
+    with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         refuse_unknown(checkpoint, config)
         # What is yet to be quantized takes the options of what is rounded.
         weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights

@@ -59,9 +59,9 @@ def check_bundle(
             _refuse_other(found, manifest.source)
         except UhdError as error:
             return CheckReport(manifest, size, None, (), f"{error}: parity not measured")
-    opened = open_checkpoint(found)
+    config = model_config(manifest)
+    opened = open_checkpoint(found, config.language.vocab)
     try:
-        config = model_config(manifest)
         reference = as_stored(opened, config.language, manifest.quantization)
         measured = measure_parity(folder, reference, config, progress=progress)
     except UhdError as error:

@@ -1,11 +1,12 @@
 """Configurations: an official `config.json`, of either release, as typed dataclasses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uhd_export.checkpoint.fields import choice, optional, positive, read_json, size
 from uhd_export.checkpoint.language_config import language_config, layer_count
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
+from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, has_tokenizer, vocabulary_size
 from uhd_export.checkpoint.vision_tower import given_tower, recorded_tower
 from uhd_export.runtime.config import HEAD_SIZE, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from uhd_export.runtime.errors import UhdError
@@ -43,13 +44,18 @@ def read_config(
 ) -> CheckpointConfig:
     """The typed configuration of the checkpoint in `folder`.
 
-    `config` replaces its config.json; `vision_tower` (folder or hub id) its `mm_vision_tower`.
+    `config` replaces its config.json; `vision_tower` (folder or hub id) its `mm_vision_tower`. The vocabulary
+    is cut to the tokenizer's, as the released code does, so that rows without a token never win.
     """
     raw = read_json(Path(config) if config else folder / "config.json")
     tower = given_tower(folder, vision_tower) if vision_tower else recorded_tower(folder, raw)
     path = folder / "generation_config.json"
     generating = read_json(path) if path.is_file() else None
-    return parse_config(raw, tower, generating, layout=layout, mask=mask)
+    parsed = parse_config(raw, tower, generating, layout=layout, mask=mask)
+    if not has_tokenizer(folder):
+        return parsed
+    vocab = min(parsed.language.vocab, vocabulary_size(checkpoint_tokenizer(folder)))
+    return replace(parsed, language=replace(parsed.language, vocab=vocab))
 
 
 def parse_config(

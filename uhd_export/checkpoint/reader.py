@@ -9,6 +9,7 @@ import torch
 from uhd_export.checkpoint.files import TensorFile, open_files, some
 from uhd_export.runtime.errors import UhdError
 
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
 # Tensors that official checkpoints hold and some configuration does not use: the second CLIP, levels
@@ -27,8 +28,9 @@ class Checkpoint:
     Files are memory-mapped: a tensor is read when asked for and no second copy is kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, vocab: int | None = None) -> None:
+        """`vocab` cuts the embedding table and the head to as many rows, as the released code does."""
+        self.folder, self.vocab = Path(folder), vocab
         self._where: dict[str, TensorFile] = open_files(self.folder)
 
     def names(self) -> set[str]:
@@ -37,11 +39,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
-        return self._file(name).shape(name)
+        shape = self._file(name).shape(name)
+        cut = self.vocab is not None and name in _VOCABULARY and len(shape) == 2
+        return (min(shape[0], self.vocab), *shape[1:]) if cut else shape
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`, converted to `dtype` where given. Raises UhdError where it is missing."""
         tensor = self.stored(name)
+        if name in _VOCABULARY and self.vocab is not None:
+            tensor = tensor[: self.vocab]
         if not tensor.is_floating_point():
             raise UhdError(
                 f"checkpoint {self.folder}: tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} "
@@ -50,7 +56,7 @@ class Checkpoint:
         return tensor if dtype is None else tensor.to(dtype)
 
     def stored(self, name: str) -> torch.Tensor:
-        """Tensor `name` as it is stored, of whatever type."""
+        """Tensor `name` as it is stored, of whatever type and with all its rows."""
         return self._file(name).tensor(name)
 
     def head(self, tied: bool) -> str:

@@ -49,6 +49,12 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` holds a tokenizer of a known kind."""
+    kinds = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).is_file() for name in names) for names in kinds)
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One past the highest id, to which the released code cuts a model's vocabulary."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

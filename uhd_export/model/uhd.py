@@ -51,7 +51,7 @@ class UhdModel:
         )
         parts = Parts.on_meta(config)
         self.vision_tower, self.projector, self.language = parts
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, config.language.vocab)
         refuse_unknown(checkpoint, config)
         for prefix, module in parts.by_prefix().items():
             checkpoint.load_into(module, prefix, dtype)

@@ -57,8 +57,8 @@ class GptqCheckpoint(Checkpoint):
     `quantized(NAME)` are the integers themselves.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, vocab: int | None = None) -> None:
+        super().__init__(folder, vocab)
         self.settings = gptq_config(self.folder) or {}
         self.format = _check(self.settings)
         self._modules = {n.removesuffix(".qweight") for n in self._where if n.endswith(".qweight")}
@@ -153,6 +153,6 @@ class GptqCheckpoint(Checkpoint):
         return self._recent[1]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, plain or GPTQ-quantized."""
-    return Checkpoint(folder) if gptq_config(Path(folder)) is None else GptqCheckpoint(Path(folder))
+def open_checkpoint(folder: Path, vocab: int | None = None) -> Checkpoint:
+    """The checkpoint in `folder`, plain or GPTQ-quantized, its vocabulary cut to `vocab` tokens."""
+    return (Checkpoint if gptq_config(Path(folder)) is None else GptqCheckpoint)(Path(folder), vocab)
