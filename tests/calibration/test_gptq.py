@@ -494,6 +494,7 @@ def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
     assert said == []
 
 
+@pytest.mark.slow
 @needs_library
 def test_nano_answers_as_before(tmp_path):
     pairs = []
@@ -509,6 +510,7 @@ def test_nano_answers_as_before(tmp_path):
     assert exact["gptq"] >= exact["rtn"]
 
 
+@pytest.mark.slow
 @needs_library
 def test_visual_tokens_make_better_calibration_than_text(tmp_path):
     """On the embedded model: GPTQ beats rounding, and beats itself calibrated on as many text tokens."""

@@ -116,6 +116,7 @@ def test_profile_as_json(call, golden_bundle):
 # Processes: what only a real one shows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupted_build_leaves_nothing(spoken_checkpoint, tmp_path, name):
     out = tmp_path / "out"

@@ -165,11 +165,13 @@ def test_follow_up_ends_the_answer_before_it(model, tokenizer):
     assert prompt.count(IMAGE_ID) == 1 and prompt.count(1) == 1
 
 
+@pytest.mark.slow
 def test_it_reads_held_out_images(model):
     result = evaluate(model_answer(model), count=12)
     assert result.exact >= 10, result.misses
 
 
+@pytest.mark.slow
 def test_it_reads_the_samples(model):
     answers = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
     ask = model_answer(model)
@@ -182,6 +184,7 @@ def test_it_reads_the_samples(model):
     assert sum(right) >= 2
 
 
+@pytest.mark.slow
 def test_it_cannot_read_without_slices():
     result = evaluate(model_answer(load_model(EMBEDDED, max_slices=1)), count=10)
     assert result.exact <= 2

@@ -58,6 +58,7 @@ def test_jbu_over_tiles_and_channel_blocks(dtype):
     check_jbu(jbu_inputs(2, 5, 11, 72), dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     batch=st.integers(1, 2),
@@ -87,6 +88,7 @@ def test_window_attention_three_levels(dtype):
     check_window(*window_inputs(2, 3, 5, (1, 2, 4), "selective", 2, 40, 3), dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     batch=st.integers(1, 2),
@@ -129,6 +131,7 @@ def test_samples_beyond_the_map_weigh_nothing():
     check_window(query_position, levels, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "cols"), [(7, 2), (2, 7)])
 def test_windows_beyond_the_map_touch_nothing(rows, cols):
     # Twelve windows of at least a pixel over two patches: the last ones have no sample on the map.

@@ -26,6 +26,7 @@ def pieces(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_it_refuses_without_a_gpu(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu.py", "--json", tmp_path / "result.json"]
@@ -140,6 +141,7 @@ def test_the_decode_loop(tmp_path, dialect):
     assert times["prefill_seconds"] > 0 and times["step_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_every_part_on_a_tiny_model(golden_checkpoint, tmp_path, monkeypatch):
     """The parts as the script runs them, with the CPU in the GPU's place: shapes, keys, what is missing."""
     import gpu

@@ -60,6 +60,7 @@ def test_equals_the_released_model_without_slices(fresh):
     assert fresh.generate_ids(SMALL, prompt, 16) == expected["generated"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid_mode", ["selective", "fix", "pyramid"])
 def test_encode_image_equals_torch_in_every_grid_mode(fresh, golden_model, grid_mode):
     image = recipe.image(500, 336, 3)

@@ -61,6 +61,7 @@ def _parity(manifest):
     return {entry.part: entry.value for entry in manifest.parity}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "made",
     [{}, {"form": "gptq_v2", "symmetric": False}, {"ordered": True}],
@@ -77,6 +78,7 @@ def test_a_gptq_checkpoint_is_built_bit_for_bit(plain, tmp_path, made):
     assert read_manifest(tmp_path / "out") == manifest
 
 
+@pytest.mark.slow
 def test_rounded_weights_and_head_are_held_to_their_integers(plain, tmp_path):
     out = tmp_path / "out"
     manifest = build_bundle(
@@ -96,6 +98,7 @@ def test_rounded_weights_and_head_are_held_to_their_integers(plain, tmp_path):
     assert check_bundle(out, checkpoint=plain).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["int8", "int4"])
 def test_the_head_of_a_tied_model_is_rounded_and_its_embeddings_are_not(plain, tmp_path, head):
     folder, out = tmp_path / "tied", tmp_path / "out"

@@ -123,6 +123,7 @@ def nano_graph(tmp_path_factory):
     return path, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugins", [True, False])
 def test_nano_vision_engine(nano_graph, tmp_path, plugins):
     path, config = nano_graph

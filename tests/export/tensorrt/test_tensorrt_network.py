@@ -36,6 +36,7 @@ PLUGINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fold", "plugins"), [(True, True), (True, False), (False, False)])
 def test_vision(golden_model, golden_checkpoint, tmp_path, fold, plugins):
     config = golden_model(mask=3).config

@@ -77,6 +77,7 @@ def test_sixteen_greedy_tokens_equal_pytorch(engine, case, dialect):
     assert len(set(tokens)) > 3  # a constant answer would prove little
 
 
+@pytest.mark.slow
 def test_the_released_models_logits_and_tokens(golden_model, golden_checkpoint, tmp_path):
     model, golden = golden_model(layout="flat"), golden_tensors("model_flat")
     path = emit_language(

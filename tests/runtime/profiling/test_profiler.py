@@ -40,6 +40,7 @@ def printed(profile, width=200):
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_every_stage_of_every_mode_is_measured(measured):
     assert [mode.grid_mode for mode in measured.modes] == ["selective", "fix", "pyramid"]
     for mode in measured.modes:
@@ -59,12 +60,14 @@ def test_every_stage_of_every_mode_is_measured(measured):
     assert measured.kv_bytes_allocated == 2 * 2 * 256 * 4 * 4096
 
 
+@pytest.mark.slow
 def test_weights_are_the_files_bytes(measured, golden_bundle):
     names = [p for p in golden_bundle.iterdir() if p.suffix in (".onnx", ".data", ".npy")]
     assert len(names) == 5
     assert measured.weight_bytes == sum(p.stat().st_size for p in names)
 
 
+@pytest.mark.slow
 def test_flops_follow_the_grid_mode(measured, pipeline):
     flops = {mode.grid_mode: {n: s.flops for n, s in mode.stages.items()} for mode in measured.modes}
     assert flops["selective"]["vit"] == flops["pyramid"]["vit"] > 0
@@ -77,6 +80,7 @@ def test_flops_follow_the_grid_mode(measured, pipeline):
     assert max(flops, key=lambda grid: flops[grid]["hiwin"]) == "pyramid"
 
 
+@pytest.mark.slow
 def test_report_holds_our_rows_and_the_papers(measured):
     facts = json.loads(json.dumps(describe_profile(measured)))
     stage = facts["modes"][0]["stages"]["vit"]
@@ -175,6 +179,7 @@ def test_rate_needs_flops():
     assert StageProfile(second, None).flops_per_second is None
 
 
+@pytest.mark.slow
 def test_peaks_do_not_depend_on_the_other_modes(measured, pipeline):
     peaks = {mode.grid_mode: mode.peak_bytes for mode in measured.modes}
     alone = profile_pipeline(pipeline, (500, 336), grid_modes=["pyramid"], repeats=1, new_tokens=3, threads=1)
@@ -183,6 +188,7 @@ def test_peaks_do_not_depend_on_the_other_modes(measured, pipeline):
     assert min(peaks.values()) == pytest.approx(max(peaks.values()), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="macOS counts what the parent had")
 def test_peak_of_another_process(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(memory_hog.__file__).parents[1]))
@@ -201,6 +207,7 @@ def test_peaks_are_left_out_where_another_copy_does_not_fit(pipeline, monkeypatc
     assert "not taken" in printed(profile) and "process of its own" not in printed(profile)
 
 
+@pytest.mark.slow
 def test_engines_on_a_device_show_their_own_figures(measured, pipeline, monkeypatch):
     assert measured.engines == {}
     for name, value in (("device_bytes", 2_000_000), ("weight_bytes", 5_000_000)):
