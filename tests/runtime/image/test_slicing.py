@@ -115,6 +115,7 @@ def test_resizing_first_bounds_the_longest_side(width, height, longest):
         ((5, 5), {"max_slices": 0}, "max slices 0"),
         ((5, 5), {"resize": 0}, "resize 0"),
         ((5000, 1), {"resize": 1024}, "image size 5000x1"),
+        ((1, 5000), {"resize": 1024}, "image size 1x5000"),
     ],
 )
 def test_impossible_sizes_are_named(size, options, field):

@@ -207,6 +207,22 @@ def test_weights_equal_the_modules_parameters():
     assert counted == matrices(module) - tables
 
 
+@pytest.mark.parametrize("levels", [(1,), (1, 2, 4)])
+def test_weights_of_each_folded_part_equal_the_folded_tensors(levels):
+    config = ProjectorConfig("hiwin", 256, 64, levels, 12)
+    folded = fold(filled(HiwinProjector(config), "model.mm_projector."))
+    parts = flops.projector([(24, 24)], config, folded=True)
+    counted = {name: parts[name].weights for name in ("norm", "scores", "value", "out", "cat", "proj")}
+    assert counted == {
+        "norm": sum(level.norm_weight.numel() for level in folded.levels),
+        "scores": sum(level.query.numel() for level in folded.levels),
+        "value": sum(level.value.numel() for level in folded.levels),
+        "out": folded.out_weight.numel(),
+        "cat": folded.cat_weight.numel(),
+        "proj": folded.proj_weight.numel(),
+    }
+
+
 def test_folding_saves_what_the_documentation_says():
     model = official("Vicuna-7B")
     one = {
