@@ -12,7 +12,7 @@ from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array, Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
-from uhd_export.runtime.image.pixels import normalise
+from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.stopwatch import Stopwatch
 
 PIXELS, TOKENS = "pixels", "tokens"
@@ -68,7 +68,7 @@ class VisionEncoder:
         for members in by_shape.values():
             for start in range(0, len(members), MAX_BATCH):
                 batch = members[start : start + MAX_BATCH]
-                yield batch, self.feeds(np.stack([normalise(crops[i]) for i in batch]), grid_mode)
+                yield batch, self.feeds(normalise_batch([crops[i] for i in batch], self._dtype), grid_mode)
 
     def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, NDArray[Any]]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""

@@ -1,5 +1,6 @@
 """Pixels: open an image, cut it as planned, and normalise it as CLIP expects."""
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from uhd_export.runtime.errors import UhdError
@@ -82,14 +83,31 @@ def cut(image: Image.Image, plan: SlicePlan) -> list[NDArray[Any]]:
     return [np.asarray(crop) for crop in crops]
 
 
-def normalise(crop: NDArray[Any]) -> NDArray[Any]:
-    """uint8 (h, w, 3) to float32 (3, h, w) with CLIP's mean and standard deviation.
+@functools.cache
+def _levels(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """(3, 256) of `dtype`: what each of the 256 values of a channel becomes, with CLIP's mean and deviation.
 
     The order of roundings is the released image processor's, so the result is equal bit for bit.
     """
-    scaled = (crop * (1 / 255)).astype(np.float32)
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
     mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(((scaled - mean) / std).T.astype(dtype))
+
+
+def normalise(crop: NDArray[Any]) -> NDArray[Any]:
+    """uint8 (h, w, 3) to float32 (3, h, w) with CLIP's mean and standard deviation."""
+    return normalise_batch([crop])[0]
+
+
+def normalise_batch(crops: Sequence[NDArray[Any]], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Equal uint8 crops, (h, w, 3) each, to (B, 3, h, w) of `dtype` as CLIP expects them."""
+    levels = _levels(np.dtype(dtype))
+    out = np.empty((len(crops), 3, *crops[0].shape[:2]), dtype)
+    for crop, planes in zip(crops, out, strict=True):
+        for channel, plane in enumerate(planes):
+            # Any mode but raise writes into `out` at once; no value of 8 bits is outside of the table.
+            np.take(levels[channel], crop[:, :, channel], out=plane, mode="clip")
+    return out
 
 
 @contextmanager

@@ -6,11 +6,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-import numpy as np
-
 from uhd_export.runtime.engines.base import Array, Stop, Stopped
 from uhd_export.runtime.image.encoder import MAX_BATCH, TOKENS, VisionEncoder
-from uhd_export.runtime.image.pixels import normalise
+from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.serving.images import CutImage
 
 log = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class VisionWorker:
             results: list[Array] = []
             start = time.perf_counter()
             try:
-                pixels = np.stack([normalise(encoding.image.crops[index]) for encoding, index in batch])
+                pixels = normalise_batch([encoding.image.crops[index] for encoding, index in batch])
                 feeds = self._encoder.feeds(pixels, grid_mode)
                 results = list(self._encoder.engine.infer_resident(feeds, stop)[TOKENS])
             except Stopped:

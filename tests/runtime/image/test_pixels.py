@@ -10,7 +10,15 @@ from PIL import Image
 from support.goldens import golden_json
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.pixels import cut, normalise, open_image, source_size
+from uhd_export.runtime.image.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    cut,
+    normalise,
+    normalise_batch,
+    open_image,
+    source_size,
+)
 from uhd_export.runtime.image.slicing import plan_slices
 
 
@@ -161,3 +169,17 @@ def test_unreadable_images_are_named(tmp_path):
         open_image(cut_off)
     with pytest.raises(UhdError, match="cannot be read"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_table_equals_the_arithmetic_bit_for_bit(dtype):
+    crops = [np.random.default_rng(i).integers(0, 256, (28, 42, 3), np.uint8) for i in range(3)]
+    crops[0].reshape(-1)[:256] = np.arange(256)
+    scaled = (np.stack(crops) * (1 / 255)).astype(np.float32)
+    expected = (scaled - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    batch = normalise_batch(crops, dtype)
+    assert batch.dtype == dtype and batch.flags.c_contiguous
+    np.testing.assert_array_equal(batch, expected.transpose(0, 3, 1, 2).astype(dtype))
+    # A slice of a larger image is no contiguous array.
+    wide = np.concatenate(crops, 1)[:, 42:84]
+    np.testing.assert_array_equal(normalise_batch([wide], dtype)[0], batch[1])

@@ -89,6 +89,21 @@ def test_the_token_that_reaches_top_p_exactly_is_the_last(top_p, kept):
     assert p[kept].tolist() == [1 / len(kept)] * len(kept)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.9), (0, 0.999), (0, 1e-6), (40, 1.0), (200, 0.95), (31_999, 1.0)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
+def test_a_vocabulary_is_cut_as_sorting_all_of_it_would(top_k, top_p, spread):
+    """Rounded to a grid, so that there are many equals; at a spread of 0 there are only equals."""
+    logits = np.round(np.random.default_rng(0).standard_normal(32_000) * spread, 1).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    cumulative = np.cumsum(weights[order])
+    order = order[: np.searchsorted(cumulative, top_p * cumulative[-1]) + 1]
+    kept = np.flatnonzero(probabilities(logits, Sampling(1.0, top_k, top_p)))
+    assert kept.tolist() == sorted(order.tolist())
+
+
 def test_top_p_is_a_share_of_what_top_k_left():
     logits = np.array([0, 0, 0, 0, -1e4, -1e4], np.float32)
     assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_k=2, top_p=0.5))).tolist() == [0]
