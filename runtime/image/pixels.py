@@ -144,7 +144,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy already
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:

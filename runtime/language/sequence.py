@@ -53,7 +53,8 @@ def plan_image(image: Image.Image, settings: Settings, *, side: int, patch: int)
     source, tokens = layout_indices(
         plan.slice_grid, layout=settings.layout, side=side, separators=settings.separators
     )
-    content = hashlib.blake2b(repr((plan, settings.grid_mode, settings.layout)).encode(), digest_size=16)
+    # Processors compute SHA-256 themselves: half of BLAKE2's time over a photo's pixels.
+    content = hashlib.sha256(repr((plan, settings.grid_mode, settings.layout)).encode())
     content.update(image.tobytes())
     return PlannedImage(image, plan, settings.grid_mode, source, tokens, content.hexdigest())
 
