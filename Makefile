@@ -56,10 +56,16 @@ test-gpu: $(GPU_READY)
 	@echo "==> tests of the CUDA provider, on a CUDA that computes nothing"
 	@$(GPU_VENV)/bin/python -m pytest tests/gpu -q --durations=5 --durations-min=1
 
+# What is installed as one package lies in several folders here: links show it to the type checker as one.
+LINKS := .mypy_links
 lint: $(READY)
 	@echo "==> ruff"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
+	@echo "==> mypy"
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)/uhd_export
+	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(LINKS)/uhd_export
+	@cd $(LINKS) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python
 
 demo: $(READY)
 	@echo "==> build: nano, a small LLaVA-UHD v2 checkpoint in this package, into $(BUNDLE)"
@@ -73,4 +79,4 @@ demo: $(READY)
 	@$(UHD) profile $(BUNDLE) --size 1008x672
 
 clean:
-	@rm -rf demo build dist .pytest_cache .hypothesis .ruff_cache
+	@rm -rf demo build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache $(LINKS)

@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from uhd_export.runtime.errors import UhdError
 
@@ -19,7 +19,7 @@ def read(kind: type[T], value: object, where: str) -> T:
     """
     if not isinstance(value, dict):
         raise UhdError(f"{where}: must be a JSON object")
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = [field.name for field in dataclasses.fields(cast(Any, kind))]
     hints = typing.get_type_hints(kind)
     for name in value:
         if name not in fields:
@@ -33,7 +33,7 @@ def read(kind: type[T], value: object, where: str) -> T:
 
 
 def _convert(hint: Any, value: object, where: str) -> object:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):

@@ -193,9 +193,9 @@ def _validate(manifest: Manifest, path: Path) -> None:
     levels = model.projector.levels
     if levels[:1] != (1,) or levels != tuple(scale for scale in (1, 2, 4, 8) if scale in levels):
         raise UhdError(f"{path}.model.projector.levels: {list(levels)} must be 1 and some of 2, 4, 8")
-    for field, value in _sizes(manifest):
-        if not 0 < value < math.inf:
-            raise UhdError(f"{path}.{field}: {value} must be above zero; build the bundle again")
+    for field, size in _sizes(manifest):
+        if not 0 < size < math.inf:
+            raise UhdError(f"{path}.{field}: {size} must be above zero; build the bundle again")
     if settings.context > model.language.context:
         raise UhdError(
             f"{path}.settings.context: {settings.context} is over the model's {model.language.context}"

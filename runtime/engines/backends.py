@@ -45,4 +45,5 @@ def open_engine(
         engine = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise UhdError(f"backend {backend}: not installed ({error}); {install}") from None
-    return engine(Path(path), device=device or usual, threads=threads, profile=profile)
+    opened: Engine = engine(Path(path), device=device or usual, threads=threads, profile=profile)
+    return opened

@@ -5,11 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from uhd_export.runtime.errors import UhdError
 
 # numpy's arrays, or an engine's own on its device with the same interface as far as rows go.
 Array = Any
@@ -70,7 +73,7 @@ class Binding(ABC):
     """Size of the persistent buffers, each counted once."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not.
 
         Raises Stopped where `stop` ended it; what the buffers hold of this run is then undefined.
@@ -92,11 +95,19 @@ class Engine(ABC):
     outputs: dict[str, TensorInfo]
     weight_bytes: int | None = None
     """Bytes of weights that the engine loaded, where the backend knows."""
-    device_bytes: int | None = None
-    """Device memory the engine needs beside its weights and bound buffers, where the backend knows."""
+
+    @property
+    def most_scratch_bytes(self) -> int | None:
+        """What activations take at the largest shapes, where the backend knows."""
+        return None
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Device memory the engine needs beside its weights and bound buffers, where the backend knows."""
+        return None
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """Run once on all inputs by name; returns all outputs by name, as arrays of their own.
 
         Raises ValueError where a feed is missing, unknown or of another type, Stopped where `stop` ended it.
@@ -115,7 +126,14 @@ class Engine(ABC):
 
     def fetch(self, array: Array) -> NDArray[Any]:
         """`array` in this machine's memory."""
-        return array
+        return np.asarray(array)
+
+    def end_profile(self) -> Path:
+        """Stop the profiling that the engine was opened for; the path of its trace (Chrome trace events).
+
+        Raises UhdError where the backend leaves none.
+        """
+        raise UhdError(f"{type(self).__name__}: this backend leaves no trace of its layers")
 
     @abstractmethod
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> Binding:
@@ -140,12 +158,12 @@ class Engine(ABC):
 
 
 def check_feeds(
-    feeds: Mapping[str, NDArray[Any]], inputs: Mapping[str, TensorInfo], bound: Mapping[str, str]
+    feeds: Mapping[str, Array], inputs: Mapping[str, TensorInfo], bound: Mapping[str, str]
 ) -> None:
     """ValueError where `feeds` are not exactly the `inputs` that are not `bound`, with their types."""
-    wanted = inputs.keys() - bound.keys()
-    if feeds.keys() != wanted:
-        raise ValueError(f"feeds {sorted(feeds)} differ from the inputs {sorted(wanted)}")
+    free = inputs.keys() - bound.keys()
+    if feeds.keys() != free:
+        raise ValueError(f"feeds {sorted(feeds)} differ from the inputs {sorted(free)}")
     for name, array in feeds.items():
         if array.dtype != inputs[name].dtype:
             raise ValueError(f"feed {name}: type {array.dtype} differs from {inputs[name].dtype}")

@@ -33,7 +33,7 @@ class Buffer:
             pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
             memory = ort.OrtValue.ortvalue_from_numpy(np.frombuffer(pages, dtype).reshape(shape))
         else:
-            memory = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
+            memory = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.number)
             memory.update_inplace(np.zeros(shape, dtype))
         return cls(memory, device, dtype, shape)
 
@@ -47,7 +47,7 @@ class Buffer:
         """As IOBinding takes it: device and its number, type, shape, address."""
         offset = self.first * math.prod(self.shape[1:]) * self.dtype.itemsize
         address = self.memory.data_ptr() + offset
-        return self.device.kind, self.device.index, self.dtype, self.shape, address
+        return self.device.kind, self.device.number, self.dtype, self.shape, address
 
     def rows(self, start: int, stop: int) -> "Buffer":
         """Rows `start` to `stop` of the first axis, in the same memory."""

@@ -10,10 +10,10 @@ class Device(NamedTuple):
     """A kind of device ("cpu" or "cuda"), and which of them."""
 
     kind: str
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.index}" if self.index else self.kind
+        return f"{self.kind}:{self.number}" if self.number else self.kind
 
 
 def parse_device(text: str) -> Device:

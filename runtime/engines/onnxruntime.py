@@ -204,7 +204,7 @@ def _providers(device: Device, tf32: bool) -> list[str | tuple[str, dict[str, st
     if device.kind == "cpu":
         return [_CPU_PROVIDER]
     options = {
-        "device_id": str(device.index),
+        "device_id": str(device.number),
         # By default products of float32 are rounded to TF32: an error of 1e-3, which nobody asked for.
         "use_tf32": str(int(tf32)),
         # By default the arena doubles each time it grows, and takes up to twice what is needed.
@@ -227,7 +227,7 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
     places |= zip((o.name for o in session.get_outputs()), session.get_output_memory_infos(), strict=True)
     for name in (name for pair in shared.items() for name in pair):
         place = places[name]
-        if place.name.lower() == device.kind and place.device_id == device.index:
+        if place.name.lower() == device.kind and place.device_id == device.number:
             continue
         info = (engine.inputs | engine.outputs)[name]
         remedy = "use --device cpu"

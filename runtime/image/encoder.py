@@ -64,7 +64,7 @@ class VisionEncoder:
         """The engine's runs for `crops`: which of them, and the inputs, each made when it is due."""
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, crop in enumerate(crops):
-            by_shape[crop.shape[:2]].append(index)
+            by_shape[(crop.shape[0], crop.shape[1])].append(index)
         for members in by_shape.values():
             for start in range(0, len(members), MAX_BATCH):
                 batch = members[start : start + MAX_BATCH]

@@ -1,6 +1,5 @@
 """Token layouts: the order in which crop tokens and separators enter the language model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ def layout_indices(
     source: list[int] = []
     tokens: list[int] = []
 
-    def visual(rows_: Sequence[int]) -> None:
+    def visual(rows_: NDArray[Any]) -> None:
         source.extend(rows_)
         tokens.extend([-1] * len(rows_))
 

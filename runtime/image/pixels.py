@@ -29,7 +29,7 @@ Images = ImageLike | Sequence[ImageLike]
 
 def as_images(images: Images) -> list[ImageLike]:
     """A list of images from one or several."""
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    return [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
 
 
 def open_image(image: ImageLike) -> Image.Image:
@@ -72,7 +72,7 @@ def cut(image: Image.Image, plan: SlicePlan) -> list[NDArray[Any]]:
     if plan.resized_size != image.size:
         image = image.resize(plan.resized_size, Image.Resampling.BICUBIC)
     crops = []
-    if plan.slice_grid is not None:
+    if plan.slice_grid is not None and plan.slice_size is not None and plan.refined_size is not None:
         refined = image.resize(plan.refined_size, Image.Resampling.BICUBIC)
         width, height = plan.slice_size
         for row in range(plan.slice_grid[1]):

@@ -31,10 +31,9 @@ class SlicePlan:
     @property
     def crop_sizes(self) -> list[Size]:
         """(width, height) of every crop: slices row by row, the overview last."""
-        slices = (
-            [] if self.slice_grid is None else [self.slice_size] * (self.slice_grid[0] * self.slice_grid[1])
-        )
-        return [*slices, self.overview_size]
+        if self.slice_grid is None or self.slice_size is None:
+            return [self.overview_size]
+        return [self.slice_size] * (self.slice_grid[0] * self.slice_grid[1]) + [self.overview_size]
 
     @property
     def patch_grids(self) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.engines.base import Array, Engine
 from uhd_export.runtime.errors import UhdError
 
 # Names of a language graph's inputs and outputs.
@@ -104,7 +104,7 @@ class Decoder:
             TOTAL_LENGTH: np.array(total, np.int32),
             WRITE_INDEX: np.array([past], np.int64),
         }
-        feeds = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
+        feeds: dict[str, Array] = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
         logits = self._cache.infer(feeds)[LOGITS].reshape(-1)
         self.length = total
         return logits

@@ -1,5 +1,6 @@
 """The language model's input embeddings: rows of a table on disk, read as they are needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,18 @@ class EmbeddingTable:
     @property
     def vocab(self) -> int:
         """Number of rows."""
-        return self._rows.shape[0]
+        return int(self._rows.shape[0])
 
     @property
     def nbytes(self) -> int:
         """Size of the table in bytes."""
-        return self._rows.nbytes
+        return int(self._rows.nbytes)
 
-    def rows(self, ids: NDArray[Any] | list[int]) -> NDArray[Any]:
+    def rows(self, ids: NDArray[Any] | Sequence[int]) -> NDArray[Any]:
         """float32 (S, D) embeddings of token `ids`; UhdError where one is outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab):
             bad = int(ids[(ids < 0) | (ids >= self.vocab)][0])
             raise UhdError(f"prompt: token id {bad} is outside the vocabulary of {self.vocab}")
-        return self._rows[ids].astype(np.float32)
+        rows: NDArray[Any] = self._rows[ids]
+        return rows.astype(np.float32)

@@ -59,13 +59,15 @@ def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
     # The maximum goes first, so that a small temperature divides nothing but zero and negative numbers.
     wide = logits.astype(np.float64)
     with np.errstate(over="ignore"):
-        weights = np.exp((wide - wide.max()) / sampling.temperature)
+        weights: NDArray[np.float64] = np.exp((wide - wide.max()) / sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return weights / weights.sum()
+        shares: NDArray[np.float64] = weights / weights.sum()
+        return shares
     order = _nucleus(logits, weights, sampling)
-    kept = np.zeros_like(weights)
-    kept[order] = weights[order]
-    return kept / kept.sum()
+    nucleus = np.zeros_like(weights)
+    nucleus[order] = weights[order]
+    nucleus /= nucleus.sum()
+    return nucleus
 
 
 def _nucleus(logits: NDArray[Any], weights: NDArray[Any], sampling: Sampling) -> NDArray[Any]:

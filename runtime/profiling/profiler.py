@@ -135,7 +135,8 @@ def profile_pipeline(
     for sequence in sequences.values():
         _run_once(pipeline, sequence, new_tokens)
         on_step()
-    peaks, runs = {}, {grid_mode: [] for grid_mode in grid_modes}
+    peaks: dict[str, int | None] = {}
+    runs: dict[str, list[dict[str, Any]]] = {grid_mode: [] for grid_mode in grid_modes}
     for grid_mode in grid_modes:
         peaks[grid_mode] = _peak(pipeline, size, grid_mode, new_tokens, device=device, threads=threads)
         on_step()
@@ -238,9 +239,7 @@ def _engines(pipeline: Pipeline) -> dict[str, EngineMemory]:
     """Device memory by part; empty where a backend does not tell."""
     parts = {"vision": pipeline.vision, "language": pipeline.language}
     return {
-        name: EngineMemory(
-            engine.weight_bytes, engine.device_bytes, getattr(engine, "most_scratch_bytes", None)
-        )
+        name: EngineMemory(engine.weight_bytes, engine.device_bytes, engine.most_scratch_bytes)
         for name, engine in parts.items()
         if engine.device_bytes is not None
     }

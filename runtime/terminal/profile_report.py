@@ -106,10 +106,10 @@ def _work(profile: Profile) -> Table:
         cells = []
         for mode in profile.modes:
             stage = mode.stages.get(name)
-            counted = stage is not None and stage.flops is not None
-            cells += (
-                [f"{stage.flops / 1e9:,.3g}", f"{stage.flops_per_second / 1e9:,.1f}"] if counted else ["", ""]
-            )
+            if stage is None or stage.flops is None or stage.flops_per_second is None:
+                cells += ["", ""]
+            else:
+                cells += [f"{stage.flops / 1e9:,.3g}", f"{stage.flops_per_second / 1e9:,.1f}"]
         if any(cells):
             table.add_row(_NAMES[name], *cells)
     return table

@@ -76,7 +76,7 @@ def _refused(plan: SlicePlan, config: ModelConfig, mode: str) -> str | None:
 
 
 def _costs(plan: SlicePlan, config: ModelConfig, model: str, positions: int, mode: str) -> dict[str, Any]:
-    stages = {}
+    stages: dict[str, dict[str, Any]] = {}
     for kind, folded in (("released", False), ("exported", True)):
         costs = stage_costs(plan.patch_grids, config, positions, folded=folded, grid_mode=mode)
         for stage, parts in costs.items():

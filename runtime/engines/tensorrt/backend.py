@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from uhd_export.runtime.errors import UhdError
 
@@ -95,7 +95,7 @@ def _link_library() -> None:
         package = importlib.import_module("tensorrt_rtx_libs")
     except ImportError:  # not from the wheel: installed with the library's names, or found by LD_LIBRARY_PATH
         return
-    folder = Path(package.__file__).parent
+    folder = Path(package.__path__[0])
     link = folder / _LIBRARY
     versions = sorted(folder.glob(f"{_LIBRARY}.*"))
     if link.exists() or not versions:
@@ -130,9 +130,11 @@ class Messages:
 def logger(trt: ModuleType) -> Any:
     """The process's one logger (TensorRT keeps the first it is given), with a list of `sinks`."""
 
-    class Logger(trt.ILogger):
+    base = cast(type[Any], trt.ILogger)
+
+    class Logger(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.sinks: list[Messages] = []
 
         def log(self, severity: Any, message: str) -> None:

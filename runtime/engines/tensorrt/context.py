@@ -51,8 +51,8 @@ class Context:
         self._shapes: dict[str, Shape] = {}
         self._outputs: dict[str, DeviceArray] = {}
         self._addresses: dict[str, int] = {}
-        self._captured: dict[tuple, int] = {}
-        self._seen: tuple[tuple, int] = ((), 0)
+        self._captured: dict[tuple[Any, ...], int] = {}
+        self._seen: tuple[tuple[Any, ...], int] = ((), 0)
 
     @property
     def nbytes(self) -> int:
@@ -102,12 +102,11 @@ class Context:
 
         What the engine updates in place is copied too: the caller's array stays as it is.
         """
-        on_device = isinstance(feed, DeviceArray)
-        if on_device and name not in self._record.aliases.values():
+        if isinstance(feed, DeviceArray) and name not in self._record.aliases.values():
             return feed
         buffer = self._buffers.setdefault(name, Buffer(self._cuda))
         buffer.ensure(feed.nbytes)
-        if on_device:
+        if isinstance(feed, DeviceArray):
             self._cuda.copy(buffer.address, feed.address, feed.nbytes)
         else:
             self._cuda.copy_in(buffer.address, np.asarray(feed, order="C"))

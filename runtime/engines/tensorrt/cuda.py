@@ -129,4 +129,5 @@ def _import_runtime() -> ModuleType:
         from cuda.bindings import runtime
     except ImportError as error:
         raise UhdError(f"GPU: cuda-python is not installed ({error}); {INSTALL}") from None
-    return runtime
+    module: ModuleType = runtime
+    return module

@@ -72,7 +72,7 @@ class TensorrtEngine(Engine):
     @property
     def most_scratch_bytes(self) -> int:
         """The engine's own figure for activations at the largest shapes of any profile."""
-        return self._engine.device_memory_size_v2
+        return int(self._engine.device_memory_size_v2)
 
     def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`. Feeds may be device arrays too."""
@@ -191,7 +191,7 @@ class TensorrtEngine(Engine):
         """The engine's own figure, or what was recorded where this TensorRT gives none."""
         if not hasattr(self.trt, "EngineStat"):
             return self.record.weight_bytes
-        return self._engine.get_engine_stat(self.trt.EngineStat.TOTAL_WEIGHTS_SIZE)
+        return int(self._engine.get_engine_stat(self.trt.EngineStat.TOTAL_WEIGHTS_SIZE))
 
 
 class TensorrtBinding(Binding):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 class LayerTimes:
@@ -15,11 +15,11 @@ class LayerTimes:
 
     def attach(self, trt: ModuleType, context: Any) -> None:
         """Have `context` report every run from now on; runs become slower by the events in between."""
-        runs = self.runs
+        runs, base = self.runs, cast(type[Any], trt.IProfiler)
 
-        class Profiler(trt.IProfiler):
+        class Profiler(base):  # type: ignore[misc, valid-type]
             def __init__(self) -> None:
-                trt.IProfiler.__init__(self)
+                base.__init__(self)
                 self.seen: set[str] = set()
 
             def report_layer_time(self, layer: str, ms: float) -> None:

@@ -210,8 +210,9 @@ def test_peaks_are_left_out_where_another_copy_does_not_fit(pipeline, monkeypatc
 @pytest.mark.slow
 def test_engines_on_a_device_show_their_own_figures(measured, pipeline, monkeypatch):
     assert measured.engines == {}
-    for name, value in (("device_bytes", 2_000_000), ("weight_bytes", 5_000_000)):
-        monkeypatch.setattr(pipeline.vision, name, value)
+    on_device = type("OnDevice", (type(pipeline.vision),), {"device_bytes": 2_000_000})
+    monkeypatch.setattr(pipeline.vision, "__class__", on_device)
+    monkeypatch.setattr(pipeline.vision, "weight_bytes", 5_000_000)
     profile = profile_pipeline(pipeline, (200, 200), grid_modes=["fix"], repeats=1, new_tokens=1)
     assert profile.engines == {"vision": EngineMemory(5_000_000, 2_000_000, None)}
     assert "vision engine on the device: weights 5.00 MB, 2.00 MB beside them" in printed(profile)
