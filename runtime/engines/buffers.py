@@ -56,4 +56,4 @@ class Buffer:
 
     def read(self) -> NDArray[Any]:
         """A copy in this machine's memory."""
-        return self.memory.numpy()[self.first : self.first + self.shape[0]].copy()
+        return np.array(self.memory.numpy()[self.first : self.first + self.shape[0]])

@@ -21,7 +21,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         return text
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     tokens = [tokenizer.id_to_token(number) for number in ids if number not in special]
-    return tokenizer.decoder.decode(_valid([token for token in tokens if token is not None]))
+    return str(tokenizer.decoder.decode(_valid([token for token in tokens if token is not None])))
 
 
 def _valid(tokens: list[str]) -> list[str]:

@@ -98,7 +98,7 @@ def _encode_literally(
     ids = {}
     for token in controls:
         plain.add_tokens([AddedToken(mark + token, normalized=False, special=False)])
-        ids[plain.token_to_id(mark + token)] = tokenizer.token_to_id(token)
+        ids[_id(plain, mark + token)] = _id(tokenizer, token)
     pattern = re.compile("|".join(map(re.escape, sorted([IMAGE, *controls], key=len, reverse=True))))
     before, after = (pattern.sub(lambda match: mark + match[0], text) for text in (before, after))
     return [ids.get(i, i) for i in _encode(plain, (before + question + after).split(mark + IMAGE))]
@@ -120,3 +120,11 @@ def opening(tokenizer: Tokenizer) -> list[int]:
         if framed == both[:count] + bare + both[count:]:
             return both[:count]
     return []
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the tokenizer has."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UhdError(f"tokenizer: it has no token {token!r}; build the bundle again")
+    return int(number)

@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.sampling import Sampling, sample
@@ -58,7 +60,7 @@ class Chooser:
         self._seen = np.unique(np.array([t for t in prompt if 0 <= t < vocab], np.int64))
         self._counts: Counter[int] = Counter()
 
-    def choose(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Chosen:
+    def choose(self, logits: NDArray[Any], allowed: NDArray[Any] | None = None) -> Chosen:
         """One token from float32 (vocab,) `logits`, among those that `allowed`, bool (vocab,), admits."""
         adjusted = self._adjust(logits)
         if allowed is not None:
@@ -73,7 +75,7 @@ class Chooser:
         top = sorted(((int(i), float(logprobs[i])) for i in best), key=lambda pair: (-pair[1], pair[0]))
         return Chosen(token, float(logprobs[token]), tuple(top))
 
-    def _adjust(self, logits: np.ndarray) -> np.ndarray:
+    def _adjust(self, logits: NDArray[Any]) -> NDArray[Any]:
         """`logits` with penalties and biases; the array itself where there are none."""
         choosing = self._choosing
         penalised = choosing.repetition_penalty != 1
@@ -95,7 +97,8 @@ class Chooser:
         return logits
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
     """float64 (vocab,) logarithms of the probabilities, before any temperature or penalty."""
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.serving.choice import Chooser, Chosen
@@ -28,8 +29,8 @@ class Generation:
         self.deadline = None if request.seconds is None else self.submitted + request.seconds
         self.encodings: dict[str, Encoding] = {}
         self.slot: Slot | None = None
-        self.token: int | None = None
-        """The last token of the answer, which is not in the cache yet."""
+        self.token = -1
+        """The last token of the answer, once there is one, which is not in the cache yet."""
         self._eos = frozenset(eos)
         text = [key for key in self.keys if isinstance(key, int)]
         self._chooser = Chooser(request.choosing, text, vocab)
@@ -42,6 +43,13 @@ class Generation:
         summary.seconds = dict.fromkeys(("image", "queue", "vision", "prefill", "decode"), 0.0)
         summary.seconds["image"] = request.prepare_seconds
         self._mark = self.submitted
+
+    @property
+    def place(self) -> Slot:
+        """The slot of an answer that has one, as all do that run."""
+        if self.slot is None:
+            raise RuntimeError("generation: it has no slot yet")
+        return self.slot
 
     @property
     def ready(self) -> bool:
@@ -69,7 +77,7 @@ class Generation:
             return "slow"
         return None
 
-    def take(self, logits: np.ndarray, context: int) -> str | None:
+    def take(self, logits: NDArray[Any], context: int) -> str | None:
         """Choose the next token from (vocab,) `logits`; why the answer ends with it, if it does."""
         allowed = None if self._grammar is None else self._grammar.allowed()
         chosen = self._chooser.choose(logits, allowed)

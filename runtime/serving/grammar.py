@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
@@ -74,7 +75,7 @@ class Follower:
     def __init__(self, matcher: "llguidance.LLMatcher", vocab: int) -> None:
         self._matcher, self._vocab = matcher, vocab
 
-    def allowed(self) -> np.ndarray:
+    def allowed(self) -> NDArray[Any]:
         """Bool (vocab,): the tokens that may come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: self._vocab].astype(bool)

@@ -7,8 +7,9 @@ import time
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from uhd_export.runtime.config import ModelConfig
@@ -28,7 +29,7 @@ class CutImage:
     """A planned image, its pixels dropped: either its crops, or its embeddings where they were known."""
 
     planned: PlannedImage
-    crops: tuple[np.ndarray, ...] = ()
+    crops: tuple[NDArray[Any], ...] = ()
     rows: Array | None = None
 
 

@@ -1,6 +1,7 @@
 """Memory is reserved by plan: what does not fit is refused at start, not at the thousandth request."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, dtype: np.dtype, *, slots: int, context: int, encoded: int, waiting: int
+    model: ModelConfig, dtype: np.dtype[Any], *, slots: int, context: int, encoded: int, waiting: int
 ) -> MemoryPlan:
     """What `slots` of `context` positions in `dtype` take.
 

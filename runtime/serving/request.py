@@ -1,6 +1,7 @@
 """What a caller wants, and what comes back while it is made."""
 
 import asyncio
+import functools
 import threading
 import time
 from collections import deque
@@ -73,7 +74,7 @@ class AnswerStream:
         self._pieces: deque[Piece] = deque()
         self._changed = threading.Condition()
         self._ended = False
-        self._notify: Callable[[], None] | None = None
+        self._notify: Callable[[], object] | None = None
 
     @property
     def pending(self) -> int:
@@ -118,7 +119,7 @@ class AnswerStream:
         """As iteration, in an event loop."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
-            self._notify = lambda: loop.call_soon_threadsafe(event.set)
+            self._notify = functools.partial(loop.call_soon_threadsafe, event.set)
         while True:
             event.clear()
             with self._changed:

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Array, Binding, Engine, Stop
 from uhd_export.runtime.errors import UhdError
@@ -31,8 +33,8 @@ class Rows:
         self.count, self.context = count, context
         self.lengths = [0] * count
         info = engine.inputs[EMBEDS]
-        self._dtype, self.hidden = info.dtype, info.shape[2]
-        self.vocab = engine.outputs[LOGITS].shape[2]
+        self._dtype, self.hidden = info.dtype, int(info.shape[2])
+        self.vocab = int(engine.outputs[LOGITS].shape[2])
         self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX} & engine.inputs.keys()
         capacity = engine.inputs[PAST.format(0, KEY_VALUE[0])].shape[2]
         if isinstance(capacity, int) and context > capacity:
@@ -52,7 +54,7 @@ class Rows:
         """Size of all rows."""
         return sum(cache.nbytes for cache in self._caches)
 
-    def append(self, row: int, embeds: Array, stop: Stop | None = None) -> np.ndarray:
+    def append(self, row: int, embeds: Array, stop: Stop | None = None) -> NDArray[Any]:
         """Append (S, D) embeddings to `row`; float32 logits (vocab,) of the last. Stopped changes nothing."""
         start, total = self.lengths[row], self.lengths[row] + len(embeds)
         if total > self.context:
@@ -62,9 +64,10 @@ class Rows:
             self._first[row] = embeds[0]
         logits = self._run(row, row + 1, embeds[None], [total], stop)
         self.lengths[row] = total
-        return logits[0]
+        last: NDArray[Any] = logits[0]
+        return last
 
-    def step(self, rows: Sequence[int], embeds: np.ndarray, stop: Stop | None = None) -> np.ndarray:
+    def step(self, rows: Sequence[int], embeds: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position, of (n, D) `embeds`, to each of `rows`; float32 (n, vocab) logits.
 
         Rows between the first and the last of them that are not meant take part too, since the memory of a
@@ -89,8 +92,8 @@ class Rows:
         self.lengths[row] = min(length, self.lengths[row])
 
     def _run(
-        self, first: int, last: int, embeds: np.ndarray, lengths: Sequence[int], stop: Stop | None
-    ) -> np.ndarray:
+        self, first: int, last: int, embeds: NDArray[Any], lengths: Sequence[int], stop: Stop | None
+    ) -> NDArray[Any]:
         """Rows `first` to `last`, which hold `lengths` positions afterwards."""
         positions = {
             SEQUENCE_LENGTHS: np.array(lengths, np.int32) - 1,

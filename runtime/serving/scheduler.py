@@ -10,8 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.engines.base import Array, Engine, Stop, Stopped
@@ -231,7 +232,7 @@ class Scheduler:
         if not self._prefilling:
             return
         generation, embeds = self._prefilling[0]
-        slot = generation.slot
+        slot = generation.place
         done = len(generation.keys) - len(embeds)
         start = self._rows.lengths[slot.row] - done
         size = self.limits.chunk if self._running else self.limits.lone_chunk
@@ -252,16 +253,16 @@ class Scheduler:
         if not active:
             return
         embeds = self._table.rows([g.token for g in active])
-        rows = [g.slot.row for g in active]
+        rows = [g.place.row for g in active]
         logits = self._run(active, lambda stop: self._rows.step(rows, embeds, stop))
         if logits is None:
             return
         self.steps, self.stepped = self.steps + 1, self.stepped + len(active)
         for generation, one in zip(active, logits, strict=True):
-            generation.slot.keys.append(generation.token)
+            generation.place.keys.append(generation.token)
             self._take(generation, one)
 
-    def _take(self, generation: Generation, logits: np.ndarray) -> None:
+    def _take(self, generation: Generation, logits: NDArray[Any]) -> None:
         try:
             reason = generation.take(logits, self._rows.context)
         except Exception:
@@ -270,7 +271,7 @@ class Scheduler:
         if reason is not None:
             self._end(generation, reason)
 
-    def _run(self, generations: list[Generation], run: Callable[[Stop], np.ndarray]) -> np.ndarray | None:
+    def _run(self, generations: list[Generation], run: Callable[[Stop], NDArray[Any]]) -> NDArray[Any] | None:
         """The logits of `run`; None where it was stopped, or failed, which ends its generations."""
         stop = Stop()
         with self._changed:
