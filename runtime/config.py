@@ -1,8 +1,12 @@
 """The sizes that decide how much work and memory a model takes, as a bundle's manifest records them."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import crop_geometry
 
 HEAD_SIZE = 128
 """Channels of an attention head in the projector, whatever its width."""
@@ -53,8 +57,22 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class LanguageKind:
+    """What tells one family of language models from another: `template` is how it is asked by default."""
+
+    qkv_bias: bool
+    template: str
+
+
+LANGUAGE_KINDS = {
+    "llama": LanguageKind(qkv_bias=False, template="vicuna_v1"),
+    "qwen2": LanguageKind(qkv_bias=True, template="qwen"),
+}
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
-    """The decoder; `kind` is "llama" or "qwen2"."""
+    """The decoder; `kind` is one of LANGUAGE_KINDS."""
 
     kind: str
     hidden: int
@@ -73,8 +91,8 @@ class LanguageConfig:
 
     @property
     def qkv_bias(self) -> bool:
-        """Qwen2 has biases on q, k and v."""
-        return self.kind == "qwen2"
+        """Whether q, k and v have biases."""
+        return LANGUAGE_KINDS[self.kind].qkv_bias
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,21 @@ class ModelConfig:
     vision: VisionConfig
     projector: ProjectorConfig
     language: LanguageConfig
+
+    def geometry(
+        self, rows: int, cols: int, *, grid_mode: str = "selective", roi_rounding: str = "exact"
+    ) -> dict[str, NDArray[Any]]:
+        """float32 matrices for a crop of so many patches, by the graph's input names; see `crop_geometry`."""
+        return crop_geometry(
+            rows,
+            cols,
+            levels=self.projector.scales,
+            grid_mode=grid_mode,
+            side=self.projector.side,
+            table=self.vision.table,
+            patch=self.vision.patch,
+            roi_rounding=roi_rounding,
+        )
 
 
 def official(name: str, levels: tuple[int, ...] = (1, 2, 4)) -> ModelConfig:

@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from uhd_export.runtime import typed_json
-from uhd_export.runtime.config import ModelConfig
+from uhd_export.runtime.config import LANGUAGE_KINDS, ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
 from uhd_export.runtime.image.geometry import GRID_MODES
@@ -182,7 +182,7 @@ def _validate(manifest: Manifest, path: Path) -> None:
         ("precision.language", precision.language, DTYPES),
         ("precision.embeddings", precision.embeddings, DTYPES),
         ("model.projector.kind", model.projector.kind, ("hiwin", "v1")),
-        ("model.language.kind", model.language.kind, ("llama", "qwen2")),
+        ("model.language.kind", model.language.kind, tuple(LANGUAGE_KINDS)),
         ("settings.layout", settings.layout, LAYOUTS),
         ("settings.template", settings.template, TEMPLATES),
         ("settings.grid_mode", settings.grid_mode, GRID_MODES),

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array, Engine
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.stopwatch import Stopwatch
 
@@ -77,17 +76,7 @@ class VisionEncoder:
         return {PIXELS: pixels.astype(self._dtype, copy=False), **self.geometry(rows, cols, grid_mode)}
 
     def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, NDArray[Any]]:
-        vision, projector = self._model.vision, self._model.projector
-        available = crop_geometry(
-            rows,
-            cols,
-            levels=projector.scales,
-            grid_mode=grid_mode,
-            side=projector.side,
-            table=vision.table,
-            patch=vision.patch,
-            roi_rounding=self._roi_rounding,
-        )
+        available = self._model.geometry(rows, cols, grid_mode=grid_mode, roi_rounding=self._roi_rounding)
         unknown = sorted(self._wanted - available.keys())
         if unknown:
             raise UhdError(f"vision engine: unknown inputs {', '.join(unknown)}; build the bundle again")

@@ -96,7 +96,8 @@ def _levels(dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def normalise(crop: NDArray[Any]) -> NDArray[Any]:
     """uint8 (h, w, 3) to float32 (3, h, w) with CLIP's mean and standard deviation."""
-    return normalise_batch([crop])[0]
+    one: NDArray[Any] = normalise_batch([crop])[0]
+    return one
 
 
 def normalise_batch(crops: Sequence[NDArray[Any]], dtype: DTypeLike = np.float32) -> NDArray[Any]:

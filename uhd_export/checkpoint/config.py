@@ -8,7 +8,14 @@ from uhd_export.checkpoint.language_config import language_config, layer_count
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, has_tokenizer, vocabulary_size
 from uhd_export.checkpoint.vision_tower import given_tower, recorded_tower
-from uhd_export.runtime.config import HEAD_SIZE, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from uhd_export.runtime.config import (
+    HEAD_SIZE,
+    LANGUAGE_KINDS,
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.layout import COMMA, LAYOUTS, NEWLINE, Separators
@@ -89,7 +96,7 @@ def parse_config(
         projector=ProjectorConfig(kind, language.hidden, vision.hidden, levels, side),
         language=language,
         layout=layout or ("merged" if release == "first" else "flat"),
-        template="qwen" if language.kind == "qwen2" else "vicuna_v1",
+        template=LANGUAGE_KINDS[language.kind].template,
         separators=_separators(config, language.vocab),
         upscale_only=release == "first",
         release=release,

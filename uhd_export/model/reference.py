@@ -16,7 +16,6 @@ from uhd_export.model.language import DecoderLayer, RMSNorm, rotary_tables
 from uhd_export.model.projector import HiwinProjector, V1Projector
 from uhd_export.model.vit import VisionTower
 from uhd_export.runtime.config import LanguageConfig
-from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.pixels import cut, normalise
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 
@@ -40,15 +39,11 @@ class VisionReference:
     @torch.inference_mode()
     def encode(self, crop: np.ndarray, grid_mode: str) -> np.ndarray:
         """float32 (tokens, D) of one uint8 (h, w, 3) crop."""
-        vision, projector = self._config.vision, self._config.projector
-        geometry = crop_geometry(
-            crop.shape[0] // vision.patch,
-            crop.shape[1] // vision.patch,
-            levels=sorted({1, *projector.stages, *projector.levels}),
+        patch = self._config.vision.patch
+        geometry = self._config.model.geometry(
+            crop.shape[0] // patch,
+            crop.shape[1] // patch,
             grid_mode=grid_mode,
-            side=projector.side,
-            table=vision.table,
-            patch=vision.patch,
             roi_rounding=self._roi_rounding,
         )
         tensors = {name: torch.from_numpy(matrix) for name, matrix in geometry.items()}

@@ -19,7 +19,6 @@ from uhd_export.model.language import LanguageModel
 from uhd_export.model.projector import HiwinProjector, V1Projector
 from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import layout_indices
 from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, normalise, open_image
 from uhd_export.runtime.image.slicing import MAX_SLICES, SlicePlan, plan_slices
@@ -66,17 +65,8 @@ class UhdModel:
 
     def geometry(self, rows: int, cols: int) -> Geometry:
         """The geometry tensors of a crop of rows x cols patches."""
-        projector = self.config.projector
-        scales = sorted({1, *projector.stages, *projector.levels})
-        arrays = crop_geometry(
-            rows,
-            cols,
-            levels=scales,
-            grid_mode=self.grid_mode,
-            side=projector.side,
-            table=self.config.vision.table,
-            patch=self.config.vision.patch,
-            roi_rounding=self.roi_rounding,
+        arrays = self.config.model.geometry(
+            rows, cols, grid_mode=self.grid_mode, roi_rounding=self.roi_rounding
         )
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
