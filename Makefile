@@ -17,7 +17,7 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test test-gpu demo lint clean
+.PHONY: help test quick test-gpu demo lint clean
 .DEFAULT_GOAL := help
 
 help:

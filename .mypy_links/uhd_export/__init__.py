@@ -1,1 +1,1 @@
-/work/wt/rt/uhd_export/__init__.py
+/work/wt/proj/uhd_export/__init__.py
