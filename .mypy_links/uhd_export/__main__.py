@@ -1,1 +1,0 @@
-/work/wt/proj/uhd_export/__main__.py
