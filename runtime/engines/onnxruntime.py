@@ -13,7 +13,7 @@ from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, Tens
 from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, parse_device
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
-from uhd_export.runtime.errors import UhdError, explain
+from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 _TYPES = {
@@ -71,6 +71,8 @@ class OrtEngine(Engine):
         except Exception as error:  # the binding's exceptions have no common base but this
             if "device_id" in str(error):
                 raise UhdError(f"device {device}: there is no such GPU; see nvidia-smi -L") from None
+            if is_out_of_memory(error):
+                raise UhdError(f"engine {path}: {explain(error)}") from None
             raise UhdError(
                 f"engine {path}: ONNX Runtime cannot load it ({_reason(error)}); build it again"
             ) from None
