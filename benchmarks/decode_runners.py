@@ -164,8 +164,9 @@ def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, lengt
 
     from uhd_export.calibration.activations import Activations
     from uhd_export.calibration.gptq import Run
+    from uhd_export.calibration.options import GptqOptions
     from uhd_export.calibration.sequences import Sequences
-    from uhd_export.calibration.solver import GptqOptions, library_version
+    from uhd_export.calibration.solver import library_version
     from uhd_export.calibration.work import Work
     from uhd_export.calibration.writer import quantization_config, write_checkpoint
     from uhd_export.checkpoint.reader import Checkpoint
@@ -179,11 +180,11 @@ def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, lengt
     work = Work(folder / "work")
     work.prepare({}, print)
     states = Run.states_of(Sequences(calibration, held, (16,)))
-    Run(checkpoint, config, options, work, states, (16,)).quantize_layers(lambda: None)
+    Run(checkpoint, config, options, work, states, (16,)).quantize_layers(lambda done, total: None)
     settings = json.loads((folder / CHECKPOINT / "config.json").read_text())
     settings["quantization_config"] = quantization_config(options, library_version())
     (folder / GPTQ).mkdir()
-    write_checkpoint(checkpoint, settings, config, work, folder / GPTQ, lambda: None)
+    write_checkpoint(checkpoint, settings, config, work, folder / GPTQ, lambda done, total: None)
 
 
 def export_ours(folder: Path, weights: str, size: dict[str, int]) -> int:

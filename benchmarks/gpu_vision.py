@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.model.folding import FoldedProjector, fold, folded_tokens
 from uhd_export.model.projector import HiwinProjector
@@ -45,7 +46,7 @@ class Released:
     """What the released code executes, in eager PyTorch."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, **files: Path) -> None:
-        self.config = read_config(folder, **files)
+        self.config = read_config(folder, SourceOptions(**files))
         projector = self.config.projector
         self.scales = sorted({1, *projector.levels, *projector.stages})
         self.dtype, self.device = dtype, device

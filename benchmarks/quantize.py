@@ -42,8 +42,9 @@ def measure(folder: str, tokens: int, held_out: int, pipe: mp.connection.Connect
     """Quantize the cut; send what it took."""
     from uhd_export.calibration.activations import Activations
     from uhd_export.calibration.gptq import Run
+    from uhd_export.calibration.options import GptqOptions
     from uhd_export.calibration.sequences import Sequences
-    from uhd_export.calibration.solver import GptqOptions, library_version
+    from uhd_export.calibration.solver import library_version
     from uhd_export.calibration.work import Work
     from uhd_export.checkpoint.config import read_config
     from uhd_export.checkpoint.reader import Checkpoint
@@ -61,7 +62,7 @@ def measure(folder: str, tokens: int, held_out: int, pipe: mp.connection.Connect
     states = Run.states_of(Sequences(calibration, held, judged))
     run = Run(checkpoint, config, GptqOptions(group=128), work, states, judged)
     started, seconds = time.perf_counter(), []
-    run.quantize_layers(lambda: seconds.append(time.perf_counter() - started))
+    run.quantize_layers(lambda done, total: seconds.append(time.perf_counter() - started))
     total = time.perf_counter() - started
     layer_memory = peak_memory()
     records = run.records()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from uhd_export.calibration.quality import Accuracy
-from uhd_export.calibration.sequences import greedy_tokens
+from uhd_export.calibration.sequences import Progress, greedy_tokens
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
@@ -14,7 +14,6 @@ from uhd_export.model.reference import VisionReference, reference_embeds
 from uhd_export.nano.evaluate import held_out_question
 from uhd_export.runtime.language.prompt import encode, render
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
-from uhd_export.runtime.progress import Bar
 from uhd_export.runtime.settings import Settings
 
 _LONGEST = 8
@@ -27,9 +26,10 @@ def measure_accuracy(
     config: CheckpointConfig,
     settings: Settings,
     count: int,
-    bar: Bar,
+    progress: Progress,
 ) -> Accuracy:
-    """Ask each of `weights` the first `count` held-out questions, in float32, images encoded once.
+    """Ask each of `weights` the first `count` held-out questions, in float32, images encoded once;
+    `progress(done, total)` counts questions.
 
     The language models are loaded whole: this is for the embedded model, a few megabytes.
     """
@@ -45,7 +45,7 @@ def measure_accuracy(
         for name, model in models.items():
             tokens = greedy_tokens(model, embeds, _LONGEST)
             exact[name] += tokenizer.decode(tokens).strip() == expected
-        bar.advance()
+        progress(index + 1, count)
     return Accuracy(count, exact)
 
 

@@ -9,6 +9,7 @@ from uhd_export.calibration.layers import MODULES
 from uhd_export.calibration.quality import LinearQuality, Report
 from uhd_export.runtime.files import replacing
 
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _PAPER, _INK, _FAINT = (255, 255, 255), (40, 40, 48), (222, 224, 230)
 _RTN, _GPTQ = (214, 116, 66), (46, 108, 190)
 _PANEL, _GAP, _LEFT, _TOP, _BOTTOM = (300, 190), 26, 62, 74, 44
@@ -47,9 +48,7 @@ def draw_report(report: Report, path: Path) -> None:
         image.save(partial, "PNG", optimize=True)
 
 
-def _legend(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple, font: ImageFont.FreeTypeFont
-) -> None:
+def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple, font: Font) -> None:
     draw.line([(at[0], at[1] + 9), (at[0] + 24, at[1] + 9)], colour, 3)
     draw.text((at[0] + 32, at[1]), text, _INK, font)
 
@@ -60,7 +59,7 @@ def _panel(
     module: str,
     linears: list[LinearQuality],
     decades: tuple[int, int],
-    font: ImageFont.FreeTypeFont,
+    font: Font,
 ) -> None:
     (x0, y0), (w, h), (low, high) = corner, _PANEL, decades
     last = max((linear.layer for linear in linears), default=0)

@@ -1,5 +1,6 @@
 """Image-question pairs: read from a JSONL file, or drawn by the embedded model's own generator."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def _pair(line: str, where: str, root: Path) -> Pair:
 def _question(record: dict, where: str) -> tuple[Turn, ...]:
     if "image" not in record:
         raise UhdError(f"{where}: field image is missing; give a path, or null for text alone")
-    return (Turn(_text(record, "question", where), _text(record, "answer", where, optional=True)),)
+    answer = None if record.get("answer") is None else _text(record, "answer", where)
+    return (Turn(_text(record, "question", where), answer),)
 
 
 def _conversation(record: dict, where: str) -> tuple[Turn, ...]:
@@ -107,14 +109,12 @@ def _conversation(record: dict, where: str) -> tuple[Turn, ...]:
     if not speakers or speakers != expected:
         raise UhdError(f"{where}: conversations must alternate between human and gpt, human first")
     texts = [_text(message, "value", where) for message in messages]
-    answers = [*texts[1::2], None] if len(texts) % 2 else texts[1::2]
-    return tuple(Turn(question, answer) for question, answer in zip(texts[::2], answers, strict=True))
+    # The last question may have no answer.
+    return tuple(Turn(q, a) for q, a in itertools.zip_longest(texts[::2], texts[1::2]))
 
 
-def _text(record: dict, field: str, where: str, *, optional: bool = False) -> str | None:
+def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
-    if value is None and optional:
-        return None
     if not isinstance(value, str) or not value.strip():
         raise UhdError(f"{where}: field {field} must be a text that is not empty")
     return value

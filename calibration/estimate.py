@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from uhd_export.calibration.gptq import ERROR_ROWS
-from uhd_export.calibration.sequences import SequenceOptions
+from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import layer_linears
 from uhd_export.runtime.errors import UhdError
@@ -38,15 +38,13 @@ class MemoryEstimate:
         return self.libraries + max(self.vision, solving, self.vision + self.whole if self.whole else 0)
 
 
-def estimate_memory(
-    config: CheckpointConfig, options: SequenceOptions, batch: int, questions: int = 0
-) -> MemoryEstimate:
+def estimate_memory(config: CheckpointConfig, options: CalibrationOptions, questions: int) -> MemoryEstimate:
     """What quantizing takes, with sequences of the greatest length allowed; `questions` need whole models."""
     language, tower, projector = config.language, config.vision, config.projector
     shapes = layer_linears(language).values()
     layer = 4 * sum(n * k for n, k in shapes)
     rows = (options.samples + 3 * options.held_out) * options.length
-    forward = batch * options.length * (3 * language.intermediate + 6 * language.hidden)
+    forward = options.batch * options.length * (3 * language.intermediate + 6 * language.hidden)
     inputs = ERROR_ROWS * (3 * language.hidden + language.intermediate)
     activations = 4 * (rows * language.hidden + forward + inputs)
     solver = 4 * max(_HESSIANS * k * k + _WEIGHTS * n * k for n, k in shapes)
@@ -58,11 +56,9 @@ def estimate_memory(
     return MemoryEstimate(_LIBRARIES, vision, layer, activations, solver, _MODELS * model if questions else 0)
 
 
-def require_memory(
-    config: CheckpointConfig, options: SequenceOptions, batch: int, questions: int = 0
-) -> MemoryEstimate:
+def require_memory(config: CheckpointConfig, options: CalibrationOptions, questions: int) -> MemoryEstimate:
     """The estimate. Raises UhdError where the machine has less."""
-    estimate, available = estimate_memory(config, options, batch, questions), available_memory()
+    estimate, available = estimate_memory(config, options, questions), available_memory()
     if available is not None and estimate.total > available:
         if estimate.whole:
             cause, size, remedy = "whole models in float32", estimate.whole, "use --eval 0"

@@ -7,18 +7,18 @@ and through GPTQ's.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from uhd_export.calibration.activations import Activations
-from uhd_export.calibration.layers import GROUPS, LayerRunner, load_layer
+from uhd_export.calibration.layers import GROUPS, LayerRunner, linear, load_layer
+from uhd_export.calibration.options import GptqOptions
 from uhd_export.calibration.quality import LinearQuality, ModelQuality, model_quality, output_error
-from uhd_export.calibration.sequences import Sequences
-from uhd_export.calibration.solver import GptqOptions, GroupSolver, Solved
+from uhd_export.calibration.sequences import Progress, Sequences
+from uhd_export.calibration.solver import GroupSolver, Solved
 from uhd_export.calibration.work import Work
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.checkpoint.int4.words import pack_gptq
@@ -57,26 +57,28 @@ class Run:
         }
 
     @torch.inference_mode()
-    def quantize_layers(self, advance: Callable[[], None]) -> None:
-        """Quantize the layers that remain; `advance` is called once a group of linears."""
+    def quantize_layers(self, progress: Progress) -> None:
+        """Quantize the layers that remain; `progress(done, total)` counts groups of linears of all layers."""
         longest = max(max(activations.lengths) for activations in self.states.values())
         runner = LayerRunner(self.config, longest, self.batch)
         for index in range(self.next_layer, self.config.layers):
             seen, rtn_errors = self._rounded(runner, index)
             layer = load_layer(self.checkpoint, self.config, index)
-            tensors, records, done = {}, [], {}
-            for group in GROUPS:
-                dense = {name: layer.get_submodule(name).weight for name in group}
+            tensors: dict[str, np.ndarray] = {}
+            records: list[LinearQuality] = []
+            done: dict[str, QuantizedWeight] = {}
+            for number, group in enumerate(GROUPS, start=1):
+                dense = {name: linear(layer, name).weight for name in group}
                 for name, solved in self._solve(runner, layer, group, done).items():
                     values = torch.from_numpy(solved.weight.dequantize())
                     error = output_error(seen[group[0]], dense[name], values)
-                    layer.get_submodule(name).weight.data = values
+                    linear(layer, name).weight.data = values
                     done[name] = solved.weight
                     records.append(self._record(index, name, solved, rtn_errors[name], error))
                     parts = pack_gptq(solved.weight)
                     tensors |= {f"model.layers.{index}.{name}.{part}": a for part, a in parts.items()}
                 del dense, seen[group[0]]
-                advance()
+                progress(index * len(GROUPS) + number, len(GROUPS) * self.config.layers)
             for state in (CALIBRATION, WITH_GPTQ):
                 runner.advance(layer, self.states[state])
             del layer
@@ -95,13 +97,13 @@ class Run:
         errors = {}
         for group in GROUPS:
             for name in group:
-                linear: nn.Linear = layer.get_submodule(name)
+                dense = linear(layer, name).weight
                 rounded = round_to_nearest(
-                    linear.weight.numpy(), self.options.group, symmetric=self.options.symmetric
+                    dense.numpy(), self.options.group_size, symmetric=self.options.symmetric
                 )
                 values = torch.from_numpy(rounded.dequantize())
-                errors[name] = output_error(seen[group[0]], linear.weight, values)
-                linear.weight.data = values
+                errors[name] = output_error(seen[group[0]], dense, values)
+                dense.data = values
         runner.advance(layer, self.states[WITH_RTN])
         return seen, errors
 
@@ -113,17 +115,17 @@ class Run:
         done: dict[str, QuantizedWeight],
     ) -> dict[str, Solved]:
         calibration = self.states[CALIBRATION]
-        linears = {name: layer.get_submodule(name) for name in group}
+        linears = {name: linear(layer, name) for name in group}
         solver = GroupSolver(linears, self.options, sum(calibration.lengths))
         for rows in runner.inputs(layer, calibration, group[0]):
             solver.add(rows)
         # Solving takes the most memory, so the linears that are done wait as integers, a quarter of their
         # size. The last group has the largest Hessian, and by then that is the rest of the layer.
         for name in done:
-            layer.get_submodule(name).weight.data = torch.empty(0)
+            linear(layer, name).weight.data = torch.empty(0)
         solved = solver.solve()
         for name, weight in done.items():
-            layer.get_submodule(name).weight.data = torch.from_numpy(weight.dequantize())
+            linear(layer, name).weight.data = torch.from_numpy(weight.dequantize())
         return solved
 
     def _record(self, index: int, name: str, solved: Solved, rtn: float, gptq: float) -> LinearQuality:
@@ -150,8 +152,3 @@ class Run:
             for state in (HELD_OUT, WITH_RTN, WITH_GPTQ)
         )
         return model_quality(expected, rtn), model_quality(expected, gptq)
-
-    @property
-    def steps(self) -> int:
-        """Calls of `advance` that remain."""
-        return len(GROUPS) * (self.config.layers - self.next_layer)

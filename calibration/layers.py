@@ -32,6 +32,14 @@ def load_layer(checkpoint: Checkpoint, config: LanguageConfig, index: int) -> De
     return layer
 
 
+def linear(layer: DecoderLayer, name: str) -> nn.Linear:
+    """The linear of `layer` called `name`, one of MODULES."""
+    module = layer.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is no linear layer")
+    return module
+
+
 class LayerRunner:
     """Runs sequences through layers of one model, `batch` at a time."""
 

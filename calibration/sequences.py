@@ -1,6 +1,6 @@
 """Calibration sequences: what the language model will see, with real visual tokens in place."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.data import Pair
+from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.language import LanguageModel
@@ -18,39 +19,14 @@ from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pixels import open_image
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
-from uhd_export.runtime.progress import Bar
 from uhd_export.runtime.settings import Settings
 
-MIN_SAMPLES = 4
+Progress = Callable[[int, int], None]
+
 # Greedy tokens of the unquantized model, on which predictions are compared.
 NEW_TOKENS = 16
 # Below this many weights float32 costs nothing, and CPUs are slow in float16.
 _SMALL = 1 << 28
-
-
-@dataclass(frozen=True)
-class SequenceOptions:
-    """`samples` sequences to calibrate on and `held_out` others to judge by, `length` positions at most.
-
-    `seed` chooses and orders the pairs. A pair whose prompt is longer than `length` is passed over;
-    answers are cut.
-    """
-
-    samples: int = 32
-    held_out: int = 8
-    length: int = 2048
-    seed: int = 0
-
-    def check(self, context: int) -> None:
-        """Raise UhdError naming the option that cannot be met."""
-        if self.samples < MIN_SAMPLES:
-            raise UhdError(f"samples {self.samples}: too few to calibrate on; at least {MIN_SAMPLES}")
-        if self.held_out < 1:
-            raise UhdError(f"held-out {self.held_out}: at least 1 sequence is needed to judge by")
-        if self.seed < 0:
-            raise UhdError(f"seed {self.seed}: must be 0 or more")
-        if not 1 <= self.length <= context:
-            raise UhdError(f"length {self.length}: must be from 1 to the model's context of {context}")
 
 
 @dataclass
@@ -84,10 +60,9 @@ def conversation_ids(
     return ids, prompt
 
 
-def choose(pairs: list[Pair], options: SequenceOptions) -> Iterable[Pair]:
+def choose(pairs: list[Pair], options: CalibrationOptions) -> Iterable[Pair]:
     """The pairs in the order that the seed gives. Raises UhdError where there are too few."""
-    wanted = options.samples + options.held_out
-    if len(pairs) < wanted:
+    if len(pairs) < options.pairs:
         raise UhdError(
             f"too few samples: {len(pairs)} image-question pairs, {options.samples} to calibrate on and "
             f"{options.held_out} held out are wanted; add pairs or lower --samples"
@@ -102,18 +77,22 @@ def build_sequences(
     settings: Settings,
     tokenizer: Tokenizer,
     pairs: list[Pair],
-    options: SequenceOptions,
-    bar: Bar,
+    options: CalibrationOptions,
+    progress: Progress,
 ) -> Sequences:
     """Encode the pairs with the checkpoint's own vision part and embedding table, in float32.
 
     Held-out pairs come first in the seed's order, so that more samples of one file leave them as they are.
-    Raises UhdError naming a pair whose image cannot be read, and where too few are short enough.
+    `progress(done, total)` counts sequences. Raises UhdError naming a pair whose image
+    cannot be read, and where too few are short enough.
     """
-    options.check(config.language.context)
+    options.check_context(config.language.context)
     vision = VisionReference(checkpoint, config, roi_rounding=settings.roi_rounding)
     language: LanguageModel | None = None
-    held_out, judged, calibration, passed = [], [], [], 0
+    held_out: list[torch.Tensor] = []
+    calibration: list[torch.Tensor] = []
+    judged: list[int] = []
+    passed = 0
     for pair in choose(pairs, options):
         if len(calibration) == options.samples:
             break
@@ -142,7 +121,7 @@ def build_sequences(
             judged.append(len(tokens))
         else:
             calibration.append(embeds[: options.length])
-        bar.advance()
+        progress(len(held_out) + len(calibration), options.pairs)
     if len(calibration) < options.samples:
         raise UhdError(
             f"too few samples: {passed} of {len(pairs)} prompts are longer than {options.length} positions, "
@@ -165,32 +144,11 @@ def _language_model(checkpoint: Checkpoint, config: LanguageConfig) -> LanguageM
 def greedy_tokens(model: LanguageModel, embeds: torch.Tensor, count: int) -> list[int]:
     """Up to `count` greedy tokens after (S, D) embeddings; ends after an end-of-text token."""
     table = model.model.embed_tokens
-    x, cache, out = embeds[None].to(table.weight.dtype), model.new_cache(), []
+    x, cache = embeds[None].to(table.weight.dtype), model.new_cache()
+    out: list[int] = []
     while len(out) < count:
         out.append(int(model(x, cache, last_only=True)[0, -1].argmax()))
         if out[-1] in model.config.eos:
             break
         x = table(torch.tensor([[out[-1]]]))
     return out
-
-
-def run_settings(
-    config: CheckpointConfig,
-    *,
-    grid_mode: str = "selective",
-    max_slices: int = 9,
-    resize: int | None = None,
-    roi_rounding: str,
-) -> Settings:
-    """How images are cut and laid out while calibrating: as the bundle will do."""
-    return Settings(
-        layout=config.layout,
-        template=config.template,
-        separators=config.separators,
-        grid_mode=grid_mode,
-        max_slices=max_slices,
-        resize=resize,
-        upscale_only=config.upscale_only,
-        roi_rounding=roi_rounding,
-        context=config.language.context,
-    )

@@ -12,31 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from uhd_export.calibration.options import GptqOptions
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.runtime.errors import UhdError
 
 LIBRARY = "gptqmodel"
 # A linear that saw a smaller share of the calibration tokens is rounded instead.
 FALLBACK = "0.5%"
-
-
-@dataclass(frozen=True)
-class GptqOptions:
-    """4-bit groups of `group` inputs, None for the largest that fits every layer.
-
-    `act_order` (desc_act) quantizes inputs by falling activation size; `damp` is the share of the mean of
-    the Hessian's diagonal that is added to it.
-    """
-
-    group: int | None = None
-    symmetric: bool = True
-    act_order: bool = False
-    damp: float = 0.05
-
-    def check(self) -> None:
-        """Raise UhdError naming a value out of range."""
-        if not 0 < self.damp < 1:
-            raise UhdError(f"damp {self.damp}: must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ class GroupSolver:
         library = _library()
         config = library.QuantizeConfig(
             bits=4,
-            group_size=options.group,
+            group_size=options.group_size,
             sym=options.symmetric,
             desc_act=options.act_order,
             act_group_aware=not options.act_order,
@@ -91,7 +73,8 @@ class GroupSolver:
             fallback=library.Fallback(strategy="rtn", threshold=FALLBACK),
             offload_to_disk=False,
         )
-        self._options, self._linears, self._tasks = options, linears, {}
+        self._options, self._linears = options, linears
+        self._tasks: dict[str, Any] = {}
         for name, linear in linears.items():
             # The solver marks a failure in its configuration, so each has its own.
             task = library.GPTQ(linear, copy.deepcopy(config))
@@ -121,7 +104,7 @@ class GroupSolver:
         task.free()
         if not failed and not isinstance(loss, str):
             return Solved(_weight(values, scales, zeros, g_idx), samples, None)
-        rounded = round_to_nearest(dense.numpy(), self._options.group, symmetric=self._options.symmetric)
+        rounded = round_to_nearest(dense.numpy(), self._options.group_size, symmetric=self._options.symmetric)
         # The library's name for a linear that saw too little.
         few = isinstance(loss, str) and loss.startswith("fallback(")
         reason = (
@@ -139,9 +122,8 @@ def _weight(
     kept are float16, as they will be stored.
     """
     index = g_idx.long()
-    codes = torch.round(values.float() / scales[:, index]) + zeros[:, index]
-    codes = codes.clamp_(0, 15).to(torch.uint8).numpy()
-    order = None
+    integers = torch.round(values.float() / scales[:, index]) + zeros[:, index]
+    codes, order = integers.clamp_(0, 15).to(torch.uint8).numpy(), None
     if not torch.equal(index, torch.arange(len(index)) // (len(index) // scales.shape[1])):
         order = np.argsort(index.numpy(), kind="stable")
         codes = np.ascontiguousarray(codes[:, order])

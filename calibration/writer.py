@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
 
-from uhd_export.calibration.solver import GptqOptions
+from uhd_export.calibration.options import GptqOptions
+from uhd_export.calibration.sequences import Progress
 from uhd_export.calibration.work import Work, disk_errors, write_tensors
 from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.reader import Checkpoint
@@ -44,14 +44,16 @@ def write_checkpoint(
     language: LanguageConfig,
     work: Work,
     folder: Path,
-    on_tensor: Callable[[], None],
+    progress: Progress,
 ) -> None:
     """Fill `folder`: the finished layers of `work`, all other tensors of `checkpoint`, and `config`.
 
-    One shard's tensors are in memory at a time, and those of a checkpoint in the same type stay mapped.
+    `progress(done, total)` counts the tensors beside the layers. One shard's are in memory at a time, and
+    those of a checkpoint in the same type stay mapped.
     """
     with disk_errors(folder):
-        shards = _split(checkpoint, _unquantized(checkpoint, language))
+        rest = _unquantized(checkpoint, language)
+        shards, done = _split(checkpoint, rest), 0
         count = language.layers + len(shards)
         where: dict[str, str] = {}
         total = 0
@@ -69,7 +71,8 @@ def write_checkpoint(
                 tensors[tensor] = checkpoint.stored(tensor).contiguous()
                 where[tensor] = name
                 total += tensors[tensor].nbytes
-                on_tensor()
+                done += 1
+                progress(done, len(rest))
             write_tensors(folder / name, tensors)
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index_file)

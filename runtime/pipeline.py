@@ -13,12 +13,12 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.conversation import Conversation
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
-from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, open_image
 from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
 from uhd_export.runtime.language import prompt as prompts

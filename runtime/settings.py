@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from uhd_export.runtime.image.layout import Separators
 
-ROI_ROUNDINGS = ("exact", "bf16")
-
 
 @dataclass(frozen=True)
 class Settings:

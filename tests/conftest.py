@@ -65,10 +65,13 @@ def spoken_checkpoint(golden_checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def golden_bundle(spoken_checkpoint, tmp_path_factory) -> Path:
     """A float32 bundle of the golden checkpoint, not to be changed."""
-    from uhd_export.bundle.build import build_bundle
+    from support.options import build_options
+
+    from uhd_export import build_bundle
 
     folder = tmp_path_factory.mktemp("bundles") / "golden"
-    build_bundle(spoken_checkpoint, folder, vision_tower=spoken_checkpoint / "clip", verify=False)
+    options = build_options(vision_tower=spoken_checkpoint / "clip")
+    build_bundle(spoken_checkpoint, folder, options=options, verify=False)
     return folder
 
 

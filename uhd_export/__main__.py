@@ -3,4 +3,4 @@
 from uhd_export.cli.main import main
 
 if __name__ == "__main__":
-    main(prog_name="uhd-export")
+    main()

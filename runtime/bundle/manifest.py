@@ -15,23 +15,26 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from uhd_export.runtime import typed_json
+from uhd_export.runtime.choices import (
+    BACKENDS,
+    DTYPES,
+    ENGINE_BACKENDS,
+    GRID_MODES,
+    LAYOUTS,
+    ROI_ROUNDINGS,
+)
 from uhd_export.runtime.config import LANGUAGE_KINDS, ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
-from uhd_export.runtime.image.geometry import GRID_MODES
-from uhd_export.runtime.image.layout import LAYOUTS
 from uhd_export.runtime.language.prompt import TEMPLATES
-from uhd_export.runtime.settings import ROI_ROUNDINGS, Settings
+from uhd_export.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
-# Backends that run engines built from the graphs, which their bundles hold instead.
-ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.
 QUALITY, QUALITY_CHART = "quantization_report.json", "quantization_report.png"
-DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def _validate(manifest: Manifest, path: Path) -> None:
     """Refuse values that the program cannot run, and file names that leave the folder."""
     settings, model, precision = manifest.settings, manifest.model, manifest.precision
     for field, value, allowed in (
-        ("backend", manifest.backend, ("onnxruntime", *ENGINE_BACKENDS)),
+        ("backend", manifest.backend, BACKENDS),
         ("precision.vision", precision.vision, DTYPES),
         ("precision.language", precision.language, DTYPES),
         ("precision.embeddings", precision.embeddings, DTYPES),

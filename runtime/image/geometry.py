@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.errors import UhdError
 
-GRID_MODES = ("selective", "fix", "pyramid")
 KERNEL = 7
 RADIUS = KERNEL // 2
 

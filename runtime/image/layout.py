@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uhd_export.runtime.choices import LAYOUTS
 from uhd_export.runtime.errors import UhdError
 
-LAYOUTS = ("flat", "merged")
 COMMA, NEWLINE = 29892, 13
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.bundle.manifest import Manifest, part_files
+from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import TOKENS
-from uhd_export.runtime.image.geometry import GRID_MODES
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.slicing import Size

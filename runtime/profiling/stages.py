@@ -9,10 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from uhd_export.runtime.bundle.manifest import ENGINE_BACKENDS
+from uhd_export.runtime.choices import BACKENDS
 from uhd_export.runtime.engines.backends import open_engine
 
-TRACED = ("onnxruntime", *ENGINE_BACKENDS)
+TRACED = BACKENDS
 """The backends whose traces this file reads."""
 VISION_STAGES = ("vit", "jbu", "hiwin")
 # Bodies of the custom ops, which ONNX Runtime inlines under names of its own.

@@ -14,6 +14,7 @@ from uhd_export.calibration.chart import draw_report
 from uhd_export.calibration.data import Pair, Turn, card_pairs, read_pairs
 from uhd_export.calibration.estimate import estimate_memory, require_memory
 from uhd_export.calibration.layers import GROUPS, LayerRunner, load_layer
+from uhd_export.calibration.options import CalibrationOptions, GptqOptions
 from uhd_export.calibration.quality import (
     Accuracy,
     LinearQuality,
@@ -23,20 +24,18 @@ from uhd_export.calibration.quality import (
     output_error,
 )
 from uhd_export.calibration.sequences import (
-    SequenceOptions,
     build_sequences,
     choose,
     conversation_ids,
     greedy_tokens,
-    run_settings,
 )
 from uhd_export.calibration.work import Work
 from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.nano.tokenizer import build_tokenizer
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.prompt import IMAGE_ID
-from uhd_export.runtime.progress import progress_bar
 
 
 @pytest.fixture(scope="module")
@@ -138,21 +137,34 @@ def test_conversations_become_ids(tokenizer):
 
 def test_too_few_pairs_are_refused():
     with pytest.raises(UhdError, match=r"too few samples: 3 image-question pairs, 4 to calibrate"):
-        choose(card_pairs(3, 0), SequenceOptions(samples=4, held_out=1))
+        choose(card_pairs(3, 0), CalibrationOptions(samples=4, held_out=1))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (SequenceOptions(samples=3), "samples 3: too few"),
-        (SequenceOptions(held_out=0), "held-out 0"),
-        (SequenceOptions(length=5000), "length 5000: .*context of 4096"),
-        (SequenceOptions(seed=-1), "seed -1: must be 0 or more"),
+        ({"samples": 3}, "samples 3: too few"),
+        ({"held_out": 0}, "held-out 0"),
+        ({"length": 0}, "length 0: must be at least 1"),
+        ({"length": 4097}, "length 4097: .*context of 4096"),
+        ({"seed": -1}, "seed -1: must be 0 or more"),
+        ({"batch": 0}, "batch 0: must be at least 1"),
+        ({"questions": -1}, "questions -1: must be 0 or more"),
     ],
 )
-def test_sequence_options_out_of_range(options, message):
+def test_calibration_options_out_of_range(options, message):
     with pytest.raises(UhdError, match=message):
-        options.check(4096)
+        CalibrationOptions(**options).check_context(4096)
+
+
+def test_calibration_options_at_their_limits():
+    CalibrationOptions(samples=4, held_out=1, length=4096, seed=0, batch=1, questions=0).check_context(4096)
+
+
+@pytest.mark.parametrize("damp", [0, 1])
+def test_gptq_options_out_of_range(damp):
+    with pytest.raises(UhdError, match=f"damp {damp}: must be between 0 and 1"):
+        GptqOptions(damp=damp)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=7), st.integers(1, 4))
@@ -176,7 +188,7 @@ def test_batches_cover_every_row_once(lengths, size):
 @pytest.fixture(scope="module")
 def golden(golden_checkpoint):
     checkpoint = Checkpoint(golden_checkpoint)
-    yield checkpoint, read_config(golden_checkpoint, vision_tower=golden_checkpoint / "clip")
+    yield checkpoint, read_config(golden_checkpoint, SourceOptions(vision_tower=golden_checkpoint / "clip"))
     checkpoint.close()
 
 
@@ -192,14 +204,13 @@ def _pairs(count):
 
 def _sequences(golden, tokenizer, pairs, options):
     checkpoint, config = golden
-    run = run_settings(config, roi_rounding="exact")
-    with progress_bar("", show=False) as bar:
-        return build_sequences(checkpoint, config, run, tokenizer, pairs, options, bar)
+    settings = config.settings(ImageOptions())
+    return build_sequences(checkpoint, config, settings, tokenizer, pairs, options, lambda done, total: None)
 
 
 def test_sequences_are_what_the_model_sees(golden, golden_model, tokenizer):
     pairs = _pairs(6)
-    options = SequenceOptions(samples=4, held_out=1, length=400, seed=3)
+    options = CalibrationOptions(samples=4, held_out=1, length=400, seed=3)
     sequences = _sequences(golden, tokenizer, pairs, options)
     order = np.random.default_rng(3).permutation(6)
     model = golden_model()
@@ -233,7 +244,7 @@ def test_greedy_tokens_end_after_end_of_text(golden_model):
 
 
 def test_long_prompts_are_passed_over_and_counted(golden, tokenizer):
-    options = SequenceOptions(samples=4, held_out=1, length=150)
+    options = CalibrationOptions(samples=4, held_out=1, length=150)
     with pytest.raises(
         UhdError, match=r"too few samples: 6 of 6 prompts are longer than 150 positions, 0 of 4"
     ):
@@ -244,7 +255,7 @@ def test_an_unreadable_image_is_named_by_its_line(golden, tokenizer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     pairs = read_pairs(_lines(tmp_path, *[{"image": "broken.png", "question": "?"}] * 5))
     with pytest.raises(UhdError, match=r"pairs.jsonl line \d: .*broken.png"):
-        _sequences(golden, tokenizer, pairs, SequenceOptions(samples=4, held_out=1))
+        _sequences(golden, tokenizer, pairs, CalibrationOptions(samples=4, held_out=1))
 
 
 def test_layers_run_the_same_in_any_batch(golden):
@@ -326,22 +337,22 @@ def test_the_picture_shows_both_methods(tmp_path, layers):
 
 def test_memory_is_estimated_before_anything_starts(golden, monkeypatch):
     _, config = golden
-    options = SequenceOptions(samples=8, held_out=2, length=1024)
-    estimate = estimate_memory(config, options, 1)
+    options = CalibrationOptions(samples=8, held_out=2, length=1024)
+    estimate = estimate_memory(config, options, 0)
     assert (
-        estimate_memory(config, SequenceOptions(samples=80, held_out=2, length=1024), 1).total
+        estimate_memory(config, CalibrationOptions(samples=80, held_out=2, length=1024), 0).total
         > estimate.total
     )
     monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: estimate.total - 1)
     with pytest.raises(UhdError, match=r"about 1\.\d GB of memory .* lower --samples or --length"):
-        require_memory(config, options, 1)
-    asked = estimate_memory(config, options, 1, 10)
+        require_memory(config, options, 0)
+    asked = estimate_memory(config, options, 10)
     assert asked.total > estimate.total
     monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: asked.total - 1)
     with pytest.raises(UhdError, match=r"GB of it for whole models in float32.* use --eval 0"):
-        require_memory(config, options, 1, 10)
+        require_memory(config, options, 10)
     monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: None)
-    assert require_memory(config, options, 1) == estimate
+    assert require_memory(config, options, 0) == estimate
 
 
 def test_unfinished_work_is_found_again_or_dropped(tmp_path):

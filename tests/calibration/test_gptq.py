@@ -17,15 +17,17 @@ from uhd_export import load_model
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.data import Pair, Turn
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
+from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.calibration.quality import Report, output_error
 from uhd_export.calibration.quantize import quantize
-from uhd_export.calibration.sequences import SequenceOptions, Sequences, build_sequences, run_settings
-from uhd_export.calibration.solver import GptqOptions, GroupSolver
+from uhd_export.calibration.sequences import Sequences, build_sequences
+from uhd_export.calibration.solver import GroupSolver
 from uhd_export.calibration.work import Work
 from uhd_export.calibration.writer import bytes_beside_layers
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.int4.weight import round_to_nearest
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
@@ -36,7 +38,6 @@ from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.progress import progress_bar
 
 try:
     importlib.metadata.version("gptqmodel")
@@ -188,7 +189,7 @@ def test_every_layer_is_quantized_and_better_than_rounding(language, tmp_path):
 def test_what_later_layers_see_is_what_is_stored(language, tmp_path):
     """The states that run along are those of a model with the stored weights."""
     run = _run(language, tmp_path / "work")
-    run.quantize_layers(lambda: None)
+    run.quantize_layers(lambda done, total: None)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     rest = {n: language.tensor(n) for n in language.names() if "proj" not in n}
@@ -212,14 +213,14 @@ def test_values_that_are_not_finite_are_named(language, tmp_path):
     run = _run(language, tmp_path / "work")
     run.states[HELD_OUT].rows[3, 5] = float("nan")
     with pytest.raises(UhdError, match=r"model.layers.0.self_attn.q_proj: .*not finite"):
-        run.quantize_layers(lambda: None)
+        run.quantize_layers(lambda done, total: None)
 
 
 @needs_library
 def test_padding_adds_nothing(language, tmp_path):
     one, four = _run(language, tmp_path / "one"), _run(language, tmp_path / "four", batch=4)
     for run in (one, four):
-        run.quantize_layers(lambda: None)
+        run.quantize_layers(lambda done, total: None)
     assert {r.samples for r in four.records()} == {138}
     torch.testing.assert_close(
         one.states[CALIBRATION].rows, four.states[CALIBRATION].rows, atol=0.05, rtol=0.05
@@ -236,7 +237,7 @@ class _Stop(Exception):
 @pytest.mark.parametrize("step", [2, 4, 7])
 def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step):
     whole = _run(language, tmp_path / "whole")
-    whole.quantize_layers(lambda: None)
+    whole.quantize_layers(lambda done, total: None)
     run, done = _run(language, tmp_path / "work"), []
 
     def interrupt():
@@ -254,7 +255,7 @@ def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step)
         assert saved[0] == 1
         again = Run(language, CONFIG, run.options, run.work, saved[1], saved[2], 1, saved[0])
         assert again.steps == 8
-    again.quantize_layers(lambda: None)
+    again.quantize_layers(lambda done, total: None)
     assert {n: t.tolist() for n, t in _tensors(again).items()} == {
         n: t.tolist() for n, t in _tensors(whole).items()
     }
@@ -281,10 +282,13 @@ def _pairs(count=6):
     return [Pair((image,), (Turn("What is the code?", "1"),), f"pair {i}") for i, image in enumerate(noise)]
 
 
-OPTIONS = {
-    "gptq": GptqOptions(group=64),
-    "sequences": SequenceOptions(samples=4, held_out=2, length=256),
-}
+def _options(source, **changes):
+    whole = {
+        "reading": SourceOptions(vision_tower=source / "clip"),
+        "gptq": GptqOptions(group=64),
+        "calibration": CalibrationOptions(samples=4, held_out=2, length=256),
+    }
+    return QuantizeOptions(**{**whole, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +296,7 @@ def quantized(source, tmp_path_factory):
     if not INSTALLED:
         pytest.skip("gptqmodel is not installed")
     out = tmp_path_factory.mktemp("quantized") / "out"
-    report = quantize(source, out, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+    report = quantize(source, out, options=_options(source), pairs=_pairs())
     return out, report
 
 
@@ -331,7 +335,7 @@ def test_room_is_asked_for_what_is_written(source, quantized):
         for name, tensor in load_file(path).items()
         if name.rpartition(".")[2] not in layers
     )
-    language = read_config(source, vision_tower=source / "clip").language
+    language = read_config(source, SourceOptions(vision_tower=source / "clip")).language
     assert bytes_beside_layers(Checkpoint(source), language) == rest
 
 
@@ -388,9 +392,9 @@ def test_transformers_loads_the_language_model(quantized):
 def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, tmp_path):
     out, _ = quantized
     with pytest.raises(UhdError, match="exists already"):
-        quantize(source, out, vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+        quantize(source, out, options=_options(source), pairs=_pairs())
     with pytest.raises(UhdError, match="is quantized already"):
-        quantize(out, tmp_path / "again", vision_tower=source / "clip", pairs=_pairs(), **OPTIONS)
+        quantize(out, tmp_path / "again", options=_options(source), pairs=_pairs())
 
 
 @needs_library
@@ -398,17 +402,15 @@ def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, t
     ("change", "message"),
     [
         ({"gptq": GptqOptions(group=48)}, "group size 48: must be one of"),
-        ({"gptq": GptqOptions(damp=1.5)}, "damp 1.5"),
-        ({"sequences": SequenceOptions(samples=9)}, "too few samples: 6 image-question pairs"),
-        ({"data": "/none.jsonl", "pairs": None}, "no such file"),
-        ({"sequences": SequenceOptions(seed=-1)}, "seed -1: must be 0 or more"),
-        ({"grid_mode": "none"}, "grid_mode 'none'"),
+        ({"calibration": CalibrationOptions(samples=9)}, "too few samples: 6 image-question pairs"),
+        ({"calibration": CalibrationOptions(data="/none.jsonl")}, "no such file"),
+        ({"calibration": CalibrationOptions(length=5000)}, "length 5000"),
     ],
 )
 def test_errors_leave_nothing_behind(source, tmp_path, change, message):
-    options = {"pairs": _pairs(), **OPTIONS, **change}
+    pairs = None if change.get("calibration", CalibrationOptions()).data else _pairs()
     with pytest.raises(UhdError, match=message):
-        quantize(source, tmp_path / "out", vision_tower=source / "clip", **options)
+        quantize(source, tmp_path / "out", options=_options(source, **change), pairs=pairs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -417,17 +419,18 @@ def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, mon
     out, said = tmp_path / "out", []
     finished, count = Run.quantize_layers, []
 
-    def stop_early(self, advance):
-        def step():
-            count.append(1)
-            advance()
+    def stop_early(self, progress):
+        def step(done, total):
+            assert total == 8
+            count.append(done)
+            progress(done, total)
             if len(count) == stop:
                 raise KeyboardInterrupt
 
         finished(self, step)
 
     monkeypatch.setattr(Run, "quantize_layers", stop_early)
-    arguments = {"vision_tower": source / "clip", "pairs": _pairs(), "say": said.append, **OPTIONS}
+    arguments = {"options": _options(source), "pairs": _pairs(), "say": said.append}
     with pytest.raises(KeyboardInterrupt):
         quantize(source, out, **arguments)
     assert not out.exists()
@@ -455,7 +458,7 @@ def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, qua
     out, said = tmp_path / "out", []
     shutil.copytree(quantized[0], out)
     before = _bytes(out)
-    arguments = {"vision_tower": source / "clip", "reuse": True, "say": said.append, **OPTIONS}
+    arguments = {"options": _options(source), "reuse": True, "say": said.append}
     assert quantize(source, out, pairs=_pairs(), **arguments) == quantized[1]
     assert said == [f"{out}: quantized before, taken as it is"]
     with pytest.raises(UhdError, match="out: was made of other data; delete it, or give it to build"):
@@ -477,10 +480,11 @@ def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     lines = [{"image": "a.png", "question": question} for question in ("Which?", "What?", "Which?", "Which?")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = {"data": tmp_path / "pairs.jsonl", "vision_tower": source / "clip", **OPTIONS}
+    calibration = CalibrationOptions(samples=4, held_out=2, length=256, data=tmp_path / "pairs.jsonl")
+    options = _options(source, calibration=calibration)
     said = []
     with pytest.raises(UhdError, match="too few samples: 2 image-question pairs"):
-        quantize(source, tmp_path / "out", say=said.append, **options)
+        quantize(source, tmp_path / "out", options=options, say=said.append)
     assert said == [f"{tmp_path / 'pairs.jsonl'}: 2 of 4 pairs are duplicates and left out"]
 
 
@@ -488,9 +492,9 @@ def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])
 def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
     (tmp_path / "file").touch()
-    options, said = {"vision_tower": source / "clip", "pairs": _pairs(), **OPTIONS}, []
+    said = []
     with pytest.raises(UhdError, match=rf"output .*{place}: cannot be written \(.*\); choose another"):
-        quantize(source, tmp_path / place, say=said.append, **options)
+        quantize(source, tmp_path / place, options=_options(source), pairs=_pairs(), say=said.append)
     assert said == []
 
 
@@ -501,8 +505,8 @@ def test_nano_answers_as_before(tmp_path):
     for index in range(5):
         image, cards = make_card_image((7, index), (672, 336))
         pairs.append(Pair((image,), (Turn(cards[0].question, cards[0].code),), f"card {index}"))
-    options = SequenceOptions(samples=4, held_out=1, length=1100)
-    report = quantize("nano", tmp_path / "out", pairs=pairs, sequences=options, questions=20)
+    calibration = CalibrationOptions(samples=4, held_out=1, length=1100, questions=20)
+    report = quantize("nano", tmp_path / "out", options=QuantizeOptions(calibration=calibration), pairs=pairs)
     exact = report.accuracy.exact
     assert (report.accuracy.questions, set(exact)) == (20, {"before", "rtn", "gptq"})
     assert exact["before"] >= 19
@@ -520,11 +524,13 @@ def test_visual_tokens_make_better_calibration_than_text(tmp_path):
     for index in range(5):
         image, cards = make_card_image((7, index), (672, 336))
         pairs.append(Pair((image,), (Turn(cards[0].question, cards[0].code),), f"card {index}"))
-    options = SequenceOptions(samples=4, held_out=1, length=1024)
-    with progress_bar("", show=False) as bar:
-        visual = build_sequences(
-            checkpoint, config, run_settings(config, roi_rounding="exact"), tokenizer, pairs, options, bar
-        )
+    options = CalibrationOptions(samples=4, held_out=1, length=1024)
+    settings = config.settings(ImageOptions())
+    seen = []
+    visual = build_sequences(
+        checkpoint, config, settings, tokenizer, pairs, options, lambda *step: seen.append(step)
+    )
+    assert seen == [(done, 5) for done in range(1, 6)]
     rng = np.random.default_rng(0)
     talk = [f"{question(str(rng.choice(NAMES)))} {rng.integers(1000):03d}" for _ in range(400)]
     ids = tokenizer.encode(" ".join(talk), add_special_tokens=False).ids
@@ -538,7 +544,7 @@ def test_visual_tokens_make_better_calibration_than_text(tmp_path):
         held = Activations(visual.held_out.rows.clone(), visual.held_out.lengths)
         states = Run.states_of(Sequences(calibration, held, visual.judged))
         run = Run(checkpoint, config.language, GptqOptions(group=64), work, states, visual.judged)
-        run.quantize_layers(lambda: None)
+        run.quantize_layers(lambda done, total: None)
         errors[name] = np.mean([record.gptq_error for record in run.records()])
     rounded = np.mean([record.rtn_error for record in run.records()])
     assert errors["visual"] < 0.75 * rounded

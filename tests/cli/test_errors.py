@@ -80,16 +80,16 @@ def test_prompt_longer_than_the_context(fails, golden_bundle, image_file):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--temperature", "-1"], "temperature"),
-        (["--top-k", "-1"], "top_k"),
-        (["--top-p", "0"], "top_p"),
-        (["--seed", "-1"], "seed"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--grid", "round"], "grid mode 'round'"),
-        (["--max-slices", "0"], "max slices 0"),
-        (["--resize", "0"], "resize 0"),
-        (["--context", "0"], "context 0"),
-        (["--device", "tpu"], "device 'tpu'"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--top-p", "0"], "--top-p"),
+        (["--seed", "-1"], "--seed"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--grid", "round"], "--grid': 'round' is not one of"),
+        (["--max-slices", "0"], "--max-slices"),
+        (["--resize", "0"], "--resize"),
+        (["--context", "0"], "--context"),
+        (["--device", "tpu"], "--device': 'tpu' is not one of"),
         (["--threads", "0"], "--threads"),
     ],
 )
@@ -102,8 +102,8 @@ def test_bad_run_options(fails, golden_bundle, image_file, options, words):
     [
         (["--size", "10x"], "neither a size"),
         (["--size", "0x5"], "at least one pixel"),
-        (["--repeats", "0"], "repeats"),
-        (["--grid", "round"], "grid mode"),
+        (["--repeats", "0"], "--repeats"),
+        (["--grid", "round"], "--grid"),
     ],
 )
 def test_bad_profile_options(fails, golden_bundle, options, words):

@@ -8,13 +8,14 @@ from golden import recipe
 from PIL import Image
 from support.fake_tensorrt import FakeCuda, fake_engine, fake_module
 from support.goldens import assert_close
+from support.options import build_options
 from support.tensorrt_records import quiet_logger, record_of
 
-import uhd_export.bundle.build as build
 import uhd_export.tensorrt.engines as engines
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
 from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.cli.main import main
 from uhd_export.graph.language import emit_language
@@ -42,12 +43,12 @@ def bundle(spoken_checkpoint, tmp_path_factory):
         build_bundle(
             spoken_checkpoint,
             folder / "bundle",
-            backend="tensorrt-rtx",
-            compute_capabilities=["8.9"],
-            plugins=False,
-            vision_tower=spoken_checkpoint / "clip",
-            mask=1,
-            context=CONTEXT,
+            options=build_options(
+                engines=engines.engine_options("tensorrt-rtx", ["8.9"], plugins=False),
+                vision_tower=spoken_checkpoint / "clip",
+                mask=1,
+                context=CONTEXT,
+            ),
         )
     assert len(list((folder / "cache" / "engines").glob("*.engine"))) == 2
     return folder / "bundle"
@@ -86,25 +87,18 @@ def test_without_a_gpu_files_are_checked_and_running_is_one_line(bundle, capsys,
     assert line.startswith("error: GPU: no usable NVIDIA driver or device")
 
 
-def test_options_are_checked_before_anything_is_written(spoken_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "emit_vision", None)  # would fail if it were reached
+def test_engines_that_cannot_be_built_are_refused_as_options():
     for options, message in [
         ({"compute_capabilities": ["9.0"]}, r"^compute capability 9.0: .*--backend tensorrt$"),
         ({"compute_capabilities": ["7.5"]}, r"^compute capability 7.5: .*use --no-plugins$"),
+        ({"backend": "abacus"}, r"^backend 'abacus': must be one of onnxruntime, "),
         (
             {"backend": "tensorrt"},
             r"^backend tensorrt: not installed .*; pip install 'uhd-export\[tensorrt\]'$",
         ),
     ]:
-        options = {
-            "backend": "tensorrt-rtx",
-            "vision_tower": spoken_checkpoint / "clip",
-            "mask": 1,
-            **options,
-        }
         with pytest.raises(UhdError, match=message):
-            build_bundle(spoken_checkpoint, tmp_path / "out", **options)
-    assert list(tmp_path.iterdir()) == []
+            engines.engine_options(**{"backend": "tensorrt-rtx", **options})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +113,7 @@ def test_options_of_engines_need_a_backend_that_builds_them(fails, tmp_path, opt
 @pytest.fixture
 def pipelines(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
     """The golden bundle in ONNX Runtime, and the same model's engines on a faked GPU."""
-    config = read_config(spoken_checkpoint, vision_tower=spoken_checkpoint / "clip")
+    config = read_config(spoken_checkpoint, SourceOptions(vision_tower=spoken_checkpoint / "clip"))
     checkpoint = Checkpoint(spoken_checkpoint)
     emit_vision(config, checkpoint, tmp_path / "vision.onnx")
     emit_language(

@@ -3,29 +3,28 @@
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.parity import measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
 from uhd_export.bundle.staging import refuse_existing, staged_folder
-from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
-from uhd_export.checkpoint.fields import choice
+from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
-from uhd_export.graph.int4.choose import WeightOptions, linear_format, resolve
+from uhd_export.graph.int4.choose import linear_format, resolve
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.graph.language import check_context, emit_language
 from uhd_export.graph.vision import emit_vision
 from uhd_export.model.uhd import refuse_unknown
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.bundle.manifest import (
-    DTYPES,
     EMBEDDINGS,
     LANGUAGE,
     MANIFEST,
@@ -42,138 +41,69 @@ from uhd_export.runtime.bundle.manifest import (
     write_manifest,
 )
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.slicing import MAX_SLICES
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.progress import progress_bar
-from uhd_export.runtime.settings import Settings
-from uhd_export.tensorrt import EngineOptions
-from uhd_export.tensorrt.engines import BACKENDS, engine_options, replace_graphs
+from uhd_export.tensorrt.engines import replace_graphs
 
 _TABLE_ROWS = 4096
 _EMBED_TOKENS = "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What a user may choose; see `build_bundle`."""
-
-    backend: str = "onnxruntime"
-    dtype: str = "float32"
-    fold: bool = True
-    layout: str | None = None
-    mask: int | None = None
-    grid_mode: str = "selective"
-    max_slices: int = MAX_SLICES
-    resize: int | None = None
-    roi_rounding: str = "exact"
-    vision_tower: str | None = None
-    config: str | None = None
-    context: int | None = None
-    weights: WeightOptions = field(default_factory=WeightOptions)
-    engines: EngineOptions | None = None
-
-    def __post_init__(self) -> None:
-        """Raise UhdError naming the first option out of range."""
-        choice("backend", self.backend, BACKENDS)
-        choice("dtype", self.dtype, DTYPES)
-        check_image_options(self.layout, self.grid_mode, self.max_slices, self.resize, self.roi_rounding)
-
-    @property
-    def dialect(self) -> str:
-        """Of the language graph."""
-        return "onnxruntime" if self.engines is None else "tensorrt"
 
 
 def build_bundle(
     source: str | Path,
     out: str | Path,
     *,
-    backend: str = "onnxruntime",
-    dtype: str | None = None,
-    fold: bool = True,
-    layout: str | None = None,
-    mask: int | None = None,
-    grid_mode: str = "selective",
-    max_slices: int = MAX_SLICES,
-    resize: int | None = None,
-    roi_rounding: str = "exact",
-    vision_tower: str | Path | None = None,
-    config: str | Path | None = None,
-    context: int | None = None,
-    weights: str = "auto",
-    group: int | None = None,
-    lm_head: str = "dense",
-    activations: str = "int8",
-    compute_capabilities: Sequence[str] = (),
-    plugins: bool = True,
-    workspace: int | None = None,
-    verify: bool = True,
+    options: BuildOptions | None = None,
     quantize: Callable[[], Path] | None = None,
+    verify: bool = True,
     force: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Write the bundle of checkpoint `source` to the folder `out`, and return its manifest.
 
-    `source` is a folder, a Hugging Face hub id, or "nano" for the embedded model. `dtype` is the type
-    of weights and activations: float32 (default for onnxruntime) or float16 (for engines); `context`
-    the positions of the key-value cache (default: the model's). `grid_mode`, `max_slices` and `resize`
-    are defaults that can be changed at run time. `weights`, `group`, `lm_head` and `activations` say
-    how the language model's linear layers are stored (see `WeightOptions`); the quality report of a
-    quantized checkpoint goes along. `compute_capabilities`, `plugins` and `workspace` (MiB) are for
-    engines (see `EngineOptions`), whose parity is that of the graphs they are built from. `layout`,
-    `mask`, `roi_rounding`, `vision_tower` and `config` are as in `load_model`. With `verify`, the parts
-    are compared with PyTorch and the measurements recorded; a bundle out of tolerance is not written.
-    `quantize` is called when everything has been checked; it makes the GPTQ checkpoint that is built
-    for `source`. `force` replaces an existing bundle; `progress` draws bars on a terminal.
+    `source` is a folder, a Hugging Face hub id, or "nano" for the embedded model. How its images are cut can
+    be changed at run time; a quantized checkpoint's quality report goes along; the parity of engines is that
+    of the graphs they are built from. With `verify`, the parts are compared with PyTorch and the
+    measurements recorded; a bundle out of tolerance is not written. `quantize` is called when everything
+    has been checked; it makes the GPTQ checkpoint that is built for `source`. `force` replaces an existing
+    bundle; `progress` draws bars on a terminal.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
     """
-    engines = engine_options(backend, compute_capabilities, plugins, workspace)
-    options = BuildOptions(
-        backend=backend,
-        dtype=dtype or ("float16" if engines else "float32"),
-        fold=fold,
-        layout=layout,
-        mask=mask,
-        grid_mode=grid_mode,
-        max_slices=max_slices,
-        resize=resize,
-        roi_rounding=roi_rounding,
-        vision_tower=None if vision_tower is None else str(vision_tower),
-        config=None if config is None else str(config),
-        context=context,
-        weights=WeightOptions(weights, group, lm_head, "float" if engines else activations),
-        engines=engines,
-    )
+    options, out = options or BuildOptions(), Path(out)
+    if options.engines is not None:  # which multiply with what they compute in
+        options = replace(options, weights=replace(options.weights, activations="float"))
     folder = source_folder(source)
-    parsed = read_config(
-        folder, config=config, vision_tower=vision_tower, layout=options.layout, mask=options.mask
-    )
-    _check_before(folder, parsed, Path(out), options, force, quantize is not None)
+    config = read_config(folder, options.reading)
+    _check_before(folder, config, out, options, force, quantize is not None)
     if quantize is not None:
         source = folder = quantize()
-    checkpoint = open_checkpoint(folder, parsed.language.vocab)
-    try:
-        quantization = resolve(checkpoint, parsed.language, options.weights)
-        needed = _estimate_bytes(checkpoint, options)
-        with staged_folder(Path(out), force=force, needed=needed) as staging:
-            _write_parts(checkpoint, parsed, staging, options, quantization, progress)
-            manifest = _describe(source, folder, parsed, staging, options, progress)
-            manifest = replace(manifest, quantization=quantization)
+    with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
+        quantization = resolve(checkpoint, config.language, options.weights)
+        with staged_folder(out, force=force, needed=_estimate_bytes(checkpoint, options)) as staging:
+            _write_parts(checkpoint, config, staging, options, quantization, progress)
+            manifest = replace(
+                _describe(source, folder, config, options),
+                files=_files(staging, progress),
+                quantization=quantization,
+            )
+            # What is measured is the graphs, which engines are built from.
             write_manifest(staging, replace(manifest, backend="onnxruntime"))
             if verify:
-                reference = as_stored(checkpoint, parsed.language, quantization)
-                parity = measure_parity(staging, reference, parsed, progress=progress)
+                reference = as_stored(checkpoint, config.language, quantization)
+                parity = measure_parity(staging, reference, config, progress=progress)
                 _refuse_failed(parity)
                 manifest = replace(manifest, parity=tuple(parity))
-            if engines is not None:
-                parity = tuple(replace(p, part=f"{p.part} (graph)") for p in manifest.parity)
-                replace_graphs(staging, parsed, engines, options.dtype, manifest.settings.context, progress)
-                manifest = replace(manifest, parity=parity, files=_files(staging, progress))
+            if options.engines is not None:
+                context = manifest.settings.context
+                replace_graphs(staging, config, options.engines, options.precision, context, progress)
+                manifest = replace(
+                    manifest,
+                    parity=tuple(replace(p, part=f"{p.part} (graph)") for p in manifest.parity),
+                    files=_files(staging, progress),
+                )
             write_manifest(staging, manifest)
-    finally:
-        checkpoint.close()
     return manifest
 
 
@@ -204,7 +134,7 @@ def _refuse_failed(parity: Sequence[Parity]) -> None:
 
 def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
     """Size of the weights in the chosen type; folding and unused tensors change it by little."""
-    item = np.dtype(options.dtype).itemsize
+    item = np.dtype(options.precision).itemsize
     weights = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names()) * item
     return weights if options.engines is None else 2 * weights  # graphs, and engines beside them
 
@@ -223,21 +153,26 @@ def _write_parts(
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
     with progress_bar(VISION, show=progress) as bar:
         emit_vision(
-            config, checkpoint, folder / VISION, fold=options.fold, dtype=options.dtype, progress=bar.set
+            config,
+            checkpoint,
+            folder / VISION,
+            fold=options.fold,
+            dtype=options.precision,
+            progress=bar.set,
         )
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(
             config.language,
             checkpoint,
             folder / LANGUAGE,
-            dtype=options.dtype,
+            dtype=options.precision,
             dialect=options.dialect,
             linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
             progress=bar.set,
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:
-        write_embeddings(checkpoint, folder / EMBEDDINGS, options.dtype, bar.set)
+        write_embeddings(checkpoint, folder / EMBEDDINGS, options.precision, bar.set)
 
 
 def _refuse_small_context(context: int, config: CheckpointConfig, tokenizer: Tokenizer) -> None:
@@ -268,44 +203,19 @@ def write_embeddings(
             on_rows(min(start + _TABLE_ROWS, len(table)), len(table))
 
 
-def _describe(
-    source: str | Path,
-    folder: Path,
-    config: CheckpointConfig,
-    staging: Path,
-    options: BuildOptions,
-    progress: bool,
-) -> Manifest:
-    """The manifest of the files in `staging`, without parity yet."""
-    settings = Settings(
-        layout=config.layout,
-        template=config.template,
-        separators=config.separators,
-        grid_mode=options.grid_mode,
-        max_slices=options.max_slices,
-        resize=options.resize,
-        upscale_only=config.upscale_only,
-        roi_rounding=options.roi_rounding,
-        context=options.context or config.language.context,
-    )
+def _describe(source: str | Path, folder: Path, config: CheckpointConfig, options: BuildOptions) -> Manifest:
+    """The manifest without files and what is measured on them."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
         backend=options.backend,
         fold=options.fold and config.projector.kind == "hiwin",
-        precision=Precision(options.dtype, options.dtype, options.dtype),
-        source=describe_source(
-            source,
-            folder,
-            config.release,
-            config=options.config,
-            vision_tower=options.vision_tower,
-            mask=options.mask,
-        ),
+        precision=Precision(options.precision, options.precision, options.precision),
+        source=describe_source(source, folder, config.release, options.reading),
         model=config.model,
-        settings=settings,
+        settings=config.settings(options.images, options.context),
         tools=tool_versions(*(() if options.engines is None else (options.backend,))),
         parity=(),
-        files=_files(staging, progress),
+        files={},
     )
 
 

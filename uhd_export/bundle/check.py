@@ -10,7 +10,8 @@ from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
-from uhd_export.runtime.bundle.manifest import ENGINE_BACKENDS, Manifest, Parity, Source, read_manifest
+from uhd_export.runtime.bundle.manifest import Manifest, Parity, Source, read_manifest
+from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.progress import progress_bar
 
@@ -48,19 +49,20 @@ def check_bundle(
     with progress_bar("hashing", size, show=progress) as bar:
         verify_files(folder, manifest, hash_limit=None, on_bytes=bar.advance)
     if checkpoint is not None:
-        found = source_folder(checkpoint)
-        _refuse_other(found, manifest.source)
+        source: Path | None = source_folder(checkpoint)
     else:
-        found = _recorded(manifest.source)
-        if found is None:
-            note = f"checkpoint {manifest.source.id} is not at hand: parity not measured; pass --checkpoint"
-            return CheckReport(manifest, size, None, (), note)
-        try:
-            _refuse_other(found, manifest.source)
-        except UhdError as error:
-            return CheckReport(manifest, size, None, (), f"{error}: parity not measured")
+        source = _recorded(manifest.source)
+    if source is None:
+        note = f"checkpoint {manifest.source.id} is not at hand: parity not measured; pass --checkpoint"
+        return CheckReport(manifest, size, None, (), note)
+    try:
+        _refuse_other(source, manifest.source)
+    except UhdError as error:
+        if checkpoint is not None:
+            raise
+        return CheckReport(manifest, size, None, (), f"{error}: parity not measured")
     config = model_config(manifest)
-    opened = open_checkpoint(found, config.language.vocab)
+    opened = open_checkpoint(source, config.language.vocab)
     try:
         reference = as_stored(opened, config.language, manifest.quantization)
         measured = measure_parity(folder, reference, config, progress=progress)
@@ -68,10 +70,10 @@ def check_bundle(
         if manifest.backend not in ENGINE_BACKENDS:
             raise
         # An engine needs its GPU and its TensorRT; the files are right all the same.
-        return CheckReport(manifest, size, found, (), f"{error}: parity not measured")
+        return CheckReport(manifest, size, source, (), f"{error}: parity not measured")
     finally:
         opened.close()
-    return CheckReport(manifest, size, found, tuple(measured), None)
+    return CheckReport(manifest, size, source, tuple(measured), None)
 
 
 def model_config(manifest: Manifest) -> CheckpointConfig:

@@ -9,7 +9,7 @@ from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
 from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
-from uhd_export.runtime.image.geometry import GRID_MODES
+from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.language import prompt as prompts

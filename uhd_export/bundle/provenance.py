@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 from uhd_export.checkpoint.files import weight_sizes
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.source import NANO
 from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.bundle.manifest import Source
@@ -12,24 +13,16 @@ from uhd_export.runtime.bundle.manifest import Source
 TOOLS = ("uhd-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch")
 
 
-def describe_source(
-    source: str | Path,
-    folder: Path,
-    release: str,
-    *,
-    config: str | None,
-    vision_tower: str | None,
-    mask: int | None,
-) -> Source:
+def describe_source(source: str | Path, folder: Path, release: str, reading: SourceOptions) -> Source:
     """What identifies the checkpoint in `folder`, so that `check` can find it again and know it."""
     return Source(
         id=_lasting(source),
-        config_sha256=hash_file(Path(config) if config else folder / "config.json"),
+        config_sha256=hash_file(Path(reading.config) if reading.config else folder / "config.json"),
         weights=weight_sizes(folder),
         release=release,
-        config=None if config is None else _lasting(config),
-        vision_tower=None if vision_tower is None else _lasting(vision_tower),
-        mask=mask,
+        config=None if reading.config is None else _lasting(reading.config),
+        vision_tower=None if reading.vision_tower is None else _lasting(reading.vision_tower),
+        mask=reading.mask,
     )
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from uhd_export.checkpoint.fields import choice, optional, positive, read_json, size
+from uhd_export.checkpoint.fields import optional, positive, read_json, size
 from uhd_export.checkpoint.language_config import language_config, layer_count
+from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, has_tokenizer, vocabulary_size
 from uhd_export.checkpoint.vision_tower import given_tower, recorded_tower
@@ -17,9 +18,8 @@ from uhd_export.runtime.config import (
     VisionConfig,
 )
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.geometry import GRID_MODES
-from uhd_export.runtime.image.layout import COMMA, LAYOUTS, NEWLINE, Separators
-from uhd_export.runtime.settings import ROI_ROUNDINGS
+from uhd_export.runtime.image.layout import COMMA, NEWLINE, Separators
+from uhd_export.runtime.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,33 @@ class CheckpointConfig:
         """The three parts' sizes."""
         return ModelConfig(self.vision, self.projector, self.language)
 
+    def settings(self, images: ImageOptions, context: int | None = None) -> Settings:
+        """What a pipeline of this model runs with; `context` None is the model's own."""
+        return Settings(
+            layout=self.layout,
+            template=self.template,
+            separators=self.separators,
+            grid_mode=images.grid_mode,
+            max_slices=images.max_slices,
+            resize=images.resize,
+            upscale_only=self.upscale_only,
+            roi_rounding=images.roi_rounding,
+            context=context or self.language.context,
+        )
 
-def read_config(
-    folder: Path,
-    *,
-    config: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    layout: str | None = None,
-    mask: int | None = None,
-) -> CheckpointConfig:
-    """The typed configuration of the checkpoint in `folder`.
 
-    `config` replaces its config.json; `vision_tower` (folder or hub id) its `mm_vision_tower`. The vocabulary
-    is cut to the tokenizer's, as the released code does, so that rows without a token never win.
+def read_config(folder: Path, options: SourceOptions | None = None) -> CheckpointConfig:
+    """The typed configuration of the checkpoint in `folder`, read as `options` say.
+
+    The vocabulary is cut to the tokenizer's, as the released code does, so that rows without a token never win.
     """
-    raw = read_json(Path(config) if config else folder / "config.json")
-    tower = given_tower(folder, vision_tower) if vision_tower else recorded_tower(folder, raw)
+    options = options or SourceOptions()
+    raw = read_json(Path(options.config) if options.config else folder / "config.json")
+    given = options.vision_tower
+    tower = given_tower(folder, given) if given else recorded_tower(folder, raw)
     path = folder / "generation_config.json"
     generating = read_json(path) if path.is_file() else None
-    parsed = parse_config(raw, tower, generating, layout=layout, mask=mask)
+    parsed = parse_config(raw, tower, generating, layout=options.layout, mask=options.mask)
     if not has_tokenizer(folder):
         return parsed
     vocab = min(parsed.language.vocab, vocabulary_size(checkpoint_tokenizer(folder)))
@@ -105,7 +113,7 @@ def parse_config(
 
 def mask_levels(mask: int) -> tuple[int, ...]:
     """Scales of `feature_scale_mask`: bits 1, 2, 4, 8 are levels 1x, 2x, 4x, 8x."""
-    if not isinstance(mask, int) or isinstance(mask, bool) or not 1 <= mask <= 15 or not mask & 1:
+    if isinstance(mask, bool) or mask not in MASKS:
         raise UhdError(
             f"config field feature_scale_mask: {mask!r} is not supported; "
             "use an odd number up to 15 (3, 5, 7 as released, 15 for levels 0 to 3)"
@@ -157,16 +165,3 @@ def _vision(config: dict, tower: dict) -> VisionConfig:
         patch=patch,
         eps=positive(tower, "layer_norm_eps", 1e-5, where),
     )
-
-
-def check_image_options(
-    layout: str | None, grid_mode: str, max_slices: int, resize: int | None, roi_rounding: str
-) -> None:
-    """Raise UhdError naming the first option of how images are cut and laid out that is out of range."""
-    choice("layout", layout, (None, *LAYOUTS))
-    choice("grid_mode", grid_mode, GRID_MODES)
-    choice("roi_rounding", roi_rounding, ROI_ROUNDINGS)
-    if max_slices < 1:
-        raise UhdError(f"max slices {max_slices}: must be at least 1 (1 means overview only)")
-    if resize is not None and resize < 1:
-        raise UhdError(f"resize {resize}: the longest side must be at least one pixel")

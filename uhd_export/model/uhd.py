@@ -9,9 +9,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
 
-from uhd_export.checkpoint.config import CheckpointConfig, check_image_options, read_config
+from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
@@ -31,23 +32,9 @@ class UhdModel:
     """LLaVA-UHD v2 in plain PyTorch. Make one with `load_model`."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        dtype: torch.dtype,
-        *,
-        grid_mode: str,
-        max_slices: int,
-        resize: int | None,
-        roi_rounding: str,
+        self, folder: Path, config: CheckpointConfig, dtype: torch.dtype, images: ImageOptions
     ) -> None:
-        self.folder, self.config, self.dtype = folder, config, dtype
-        self.grid_mode, self.max_slices, self.resize, self.roi_rounding = (
-            grid_mode,
-            max_slices,
-            resize,
-            roi_rounding,
-        )
+        self.folder, self.config, self.dtype, self.images = folder, config, dtype, images
         parts = Parts.on_meta(config)
         self.vision_tower, self.projector, self.language = parts
         checkpoint = open_checkpoint(folder, config.language.vocab)
@@ -60,13 +47,16 @@ class UhdModel:
     def plan(self, image: Image.Image) -> SlicePlan:
         """How `image` is cut."""
         return plan_slices(
-            image.size, max_slices=self.max_slices, resize=self.resize, upscale_only=self.config.upscale_only
+            image.size,
+            max_slices=self.images.max_slices,
+            resize=self.images.resize,
+            upscale_only=self.config.upscale_only,
         )
 
     def geometry(self, rows: int, cols: int) -> Geometry:
         """The geometry tensors of a crop of rows x cols patches."""
         arrays = self.config.model.geometry(
-            rows, cols, grid_mode=self.grid_mode, roi_rounding=self.roi_rounding
+            rows, cols, grid_mode=self.images.grid_mode, roi_rounding=self.images.roi_rounding
         )
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -209,15 +199,7 @@ def load_model(
     """
     choice("dtype", dtype, DTYPES)
     roi_rounding = roi_rounding or ("bf16" if dtype == "bfloat16" else "exact")
-    check_image_options(layout, grid_mode, max_slices, resize, roi_rounding)
+    reading = SourceOptions(config, vision_tower, layout, mask)
+    images = ImageOptions(grid_mode, max_slices, resize, roi_rounding)
     folder = source_folder(source)
-    parsed = read_config(folder, config=config, vision_tower=vision_tower, layout=layout, mask=mask)
-    return UhdModel(
-        folder,
-        parsed,
-        DTYPES[dtype],
-        grid_mode=grid_mode,
-        max_slices=max_slices,
-        resize=resize,
-        roi_rounding=roi_rounding,
-    )
+    return UhdModel(folder, read_config(folder, reading), DTYPES[dtype], images)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uhd_export.checkpoint.config import CheckpointConfig
+from uhd_export.checkpoint.fields import choice
 from uhd_export.plugins.tensorrt.plugin import kernel_capability
-from uhd_export.runtime.bundle.manifest import ENGINE_BACKENDS, LANGUAGE, VISION, part_files
+from uhd_export.runtime.bundle.manifest import LANGUAGE, VISION, part_files
+from uhd_export.runtime.choices import BACKENDS, ENGINE_BACKENDS
 from uhd_export.runtime.engines.tensorrt.backend import open_tensorrt
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import TOKENS
@@ -13,17 +15,19 @@ from uhd_export.runtime.progress import progress_bar
 from uhd_export.tensorrt import EngineOptions, cached_engine, language_profiles, vision_profiles
 from uhd_export.tensorrt.options import target_capabilities
 
-BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)
-
 
 def engine_options(
-    backend: str, compute_capabilities: Sequence[str], plugins: bool, workspace: int | None
+    backend: str,
+    compute_capabilities: Sequence[str] = (),
+    plugins: bool = True,
+    workspace: int | None = None,
 ) -> EngineOptions | None:
     """How to build engines, or None where `backend` runs the graphs themselves. `workspace` is in MiB.
 
     Raises UhdError where the backend is not installed or cannot build for a compute capability, and where
     an option for engines is given to one that has none.
     """
+    choice("backend", backend, BACKENDS)
     if backend not in ENGINE_BACKENDS:
         given = {
             "--compute-capability": compute_capabilities,

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from support.folders import leftovers
 from support.goldens import assert_close, golden_tensors
+from support.options import build_options
 
 import uhd_export.bundle.build as build
 import uhd_export.bundle.parity as parity
@@ -31,8 +32,9 @@ def make(spoken_checkpoint, tmp_path):
     """`make(**options)` builds the golden checkpoint into `tmp_path / "out"`."""
 
     def run(**options):
-        options = {"vision_tower": spoken_checkpoint / "clip", "verify": False, **options}
-        return build_bundle(spoken_checkpoint, tmp_path / "out", **options)
+        own = {"verify": options.pop("verify", False), "force": options.pop("force", False)}
+        options = build_options(**{"vision_tower": spoken_checkpoint / "clip", **options})
+        return build_bundle(spoken_checkpoint, tmp_path / "out", options=options, **own)
 
     return run
 
@@ -137,14 +139,13 @@ def test_a_bundle_out_of_tolerance_is_not_written(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "backend 'abacus'"),
         ({"dtype": "int2"}, "dtype 'int2'"),
         ({"layout": "spiral"}, "layout 'spiral'"),
         ({"grid_mode": "round"}, "grid_mode 'round'"),
         ({"max_slices": 0}, "max slices 0"),
         ({"resize": 0}, "resize 0"),
         ({"context": 99999}, "context"),
-        ({"mask": 2}, "feature_scale_mask"),
+        ({"mask": 2}, "mask 2: must be one of 1, 3, "),
         ({"config": "/no/config.json"}, "no such file"),
     ],
 )
@@ -208,11 +209,11 @@ def test_broken_checkpoints(spoken_checkpoint, tmp_path):
     for content in (whole[: len(whole) // 2], whole[:100], b""):
         weights.write_bytes(content)
         with pytest.raises(UhdError, match="not a readable safetensors file"):
-            build_bundle(copy, out, vision_tower=clip)
+            build_bundle(copy, out, options=build_options(vision_tower=clip))
     weights.write_bytes(whole)
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UhdError, match="tokenizer"):
-        build_bundle(copy, out, vision_tower=clip)
+        build_bundle(copy, out, options=build_options(vision_tower=clip))
     with pytest.raises(UhdError, match="no such folder"):
         build_bundle(tmp_path / "absent", out)
     assert leftovers(tmp_path) == ["checkpoint"]
@@ -224,7 +225,7 @@ def test_unknown_tensors_are_named(spoken_checkpoint, tmp_path):
     (copy / "model.safetensors").rename(copy / "one.safetensors")  # without an index all files count
     save_file({"model.extra.0": np.zeros(1, np.float32)}, copy / "two.safetensors")
     with pytest.raises(UhdError, match=r"unknown tensors model\.extra\.0"):
-        build_bundle(copy, tmp_path / "out", vision_tower=copy / "clip")
+        build_bundle(copy, tmp_path / "out", options=build_options(vision_tower=copy / "clip"))
     assert leftovers(tmp_path) == ["checkpoint"]
 
 

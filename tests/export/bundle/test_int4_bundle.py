@@ -8,18 +8,21 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from support.options import build_options
 
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
+from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.checkpoint.int4.words import pack_gptq
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.cli.main import main
-from uhd_export.cli.quantize import quantize
-from uhd_export.graph.int4.choose import WeightOptions, resolve
+from uhd_export.graph.int4.choose import resolve
+from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.runtime.bundle.manifest import QUALITY, FileRecord, read_manifest
 from uhd_export.runtime.errors import UhdError
@@ -32,7 +35,7 @@ def plain(spoken_checkpoint):
 
 
 def _config(folder):
-    return read_config(folder, vision_tower=folder / "clip")
+    return read_config(folder, SourceOptions(vision_tower=folder / "clip"))
 
 
 def _gptq(plain, folder, *, form="gptq", symmetric=True, ordered=False):
@@ -69,7 +72,7 @@ def _parity(manifest):
 )
 def test_a_gptq_checkpoint_is_built_bit_for_bit(plain, tmp_path, made):
     source = _gptq(plain, tmp_path / "gptq", **made)
-    manifest = build_bundle(source, tmp_path / "out", activations="float")
+    manifest = build_bundle(source, tmp_path / "out", options=build_options(activations="float"))
     record = manifest.quantization
     assert (record.method, record.group, record.lm_head) == ("gptq", 64, "dense")
     assert record.symmetric == made.get("symmetric", True)
@@ -84,11 +87,9 @@ def test_rounded_weights_and_head_are_held_to_their_integers(plain, tmp_path):
     manifest = build_bundle(
         plain,
         out,
-        vision_tower=plain / "clip",
-        weights="int4-rtn",
-        group=32,
-        lm_head="int8",
-        activations="float",
+        options=build_options(
+            vision_tower=plain / "clip", weights="int4-rtn", group=32, lm_head="int8", activations="float"
+        ),
     )
     assert manifest.quantization.method == "rtn"
     assert _parity(manifest)["logits"] < 1e-5
@@ -111,14 +112,15 @@ def test_the_head_of_a_tied_model_is_rounded_and_its_embeddings_are_not(plain, t
     raw = json.loads((plain / "config.json").read_text())
     raw |= {"mm_vision_tower": "clip", "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(raw))
-    manifest = build_bundle(folder, out, lm_head=head, activations="float")
+    manifest = build_bundle(folder, out, options=build_options(lm_head=head, activations="float"))
     assert _parity(manifest)["logits"] < 1e-5
     table = tensors["model.embed_tokens.weight"].float().numpy()
     np.testing.assert_array_equal(np.load(out / "embeddings.npy"), table)
 
 
 def test_int8_activations_have_a_wider_limit(plain, tmp_path):
-    manifest = build_bundle(plain, tmp_path / "out", vision_tower=plain / "clip", weights="int4-rtn")
+    options = build_options(vision_tower=plain / "clip", weights="int4-rtn")
+    manifest = build_bundle(plain, tmp_path / "out", options=options)
     assert manifest.quantization.group == 64
     (logits,) = (entry for entry in manifest.parity if entry.part == "logits")
     assert 1e-3 < logits.value < logits.limit == 0.1
@@ -200,7 +202,8 @@ def test_the_quality_report_goes_along_and_is_printed(plain, tmp_path):
 def calibrated(monkeypatch):
     """What `build` would have quantized: source, output, settings."""
     calls = []
-    monkeypatch.setattr("uhd_export.cli.quantize._quantize", lambda *arguments: calls.append(arguments))
+    target = "uhd_export.cli.build.quantize_into"
+    monkeypatch.setattr(target, lambda *arguments, **rest: calls.append((*arguments, rest)))
     return calls
 
 
@@ -211,11 +214,11 @@ def _build(*arguments):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--activations", "int3"], "activations 'int3'"),
-        (["--lm-head", "int3"], "lm_head 'int3'"),
-        (["--dtype", "int3"], "dtype 'int3'"),
-        (["--backend", "none"], "backend 'none'"),
-        (["--grid", "none"], "grid_mode 'none'"),
+        (["--activations", "int3"], "'--activations': 'int3' is not one of"),
+        (["--lm-head", "int3"], "'--lm-head': 'int3' is not one of"),
+        (["--dtype", "int3"], "'--dtype': 'int3' is not one of"),
+        (["--backend", "none"], "'--backend': 'none' is not one of"),
+        (["--grid", "none"], "'--grid': 'none' is not one of"),
         (["--context", "99999"], "context: 99999 positions"),
         (["--context", "10"], "--context 10: "),
         (["--force"], "exists and is no bundle"),
@@ -242,12 +245,12 @@ def test_build_quantizes_what_is_not_quantized(plain, tmp_path, calibrated):
         plain, "-o", out, "--weights", "int4", "--vision-tower", plain / "clip", "--group-size", "64"
     )
     assert "out-gptq: holds no safetensors file" in result.output  # nothing has made it
-    ((source, made, options, sequences, rest),) = calibrated
-    assert (source, made) == (str(plain), tmp_path / "out-gptq")
-    assert (options, sequences) == ({"group": 64}, {"samples": 32, "length": 2048, "seed": 0})
-    assert (rest["reuse"], rest["questions"], rest["grid_mode"]) == (True, None, "selective")
+    ((source, folder, options, rest),) = calibrated
+    assert (source, folder, rest) == (str(plain), tmp_path / "out-gptq", {"reuse": True})
+    reading = SourceOptions(vision_tower=str(plain / "clip"))
+    assert options == QuantizeOptions(reading=reading, gptq=GptqOptions(group=64))
     _build("nano", "-o", out, "--weights", "int4")
-    assert calibrated[1][-1]["questions"] == 50
+    assert calibrated[1][2].calibration.questions == 50
     result = _build(gptq, "-o", out, "--weights", "int4", "--no-verify")
     assert (result.exit_code, len(calibrated)) == (0, 2)
 
@@ -265,7 +268,7 @@ def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, t
 
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("uhd_export.cli.quantize._quantize", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("uhd_export.cli.quantize.quantize_into", lambda *arguments: seen.append(arguments))
     arguments = [
         "nano",
         "-o",
@@ -278,13 +281,12 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
         "--eval",
         "3",
     ]
-    result = CliRunner().invoke(quantize, arguments)
+    result = CliRunner().invoke(main, ["quantize", *arguments])
     assert result.exit_code == 0, result.output
-    (source, output, gptq, sequences, options) = seen[0]
+    (source, output, options) = seen[0]
     assert (source, output) == ("nano", tmp_path / "out")
-    assert gptq == {"group": 64, "symmetric": False, "act_order": False, "damp": 0.05}
-    assert sequences == {"samples": 9, "held_out": 8, "length": 2048, "seed": 0}
-    assert options["questions"] == 3
+    assert options.gptq == GptqOptions(group=64, symmetric=False)
+    assert options.calibration == CalibrationOptions(samples=9, questions=3)
 
 
 def test_a_plain_checkpoint_stays_plain(plain):

@@ -8,6 +8,7 @@ from support.refusals import one_line_error
 from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.source import locate
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators
@@ -297,7 +298,7 @@ def test_a_folder_beside_the_user_is_not_the_checkpoints_tower(tmp_path, monkeyp
     (checkpoint / "config.json").write_text(json.dumps(config(mm_vision_tower="clip", mm_hidden_size=None)))
     monkeypatch.chdir(tmp_path)
     assert read_config(checkpoint).vision.hidden == 64
-    assert read_config(checkpoint, vision_tower="clip").vision.hidden == 128
+    assert read_config(checkpoint, SourceOptions(vision_tower="clip")).vision.hidden == 128
     (checkpoint / "config.json").write_text(
         json.dumps(config(mm_vision_tower=str(tmp_path / "clip"), mm_hidden_size=None))
     )
@@ -332,7 +333,7 @@ def test_the_official_tower_is_known_by_a_training_path(tmp_path, path):
 def test_a_tower_that_the_user_names_must_be_there(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024)))
     with pytest.raises(UhdError, match="no such folder"):
-        read_config(tmp_path, vision_tower="/home/x/" + OFFICIAL_CLIP)
+        read_config(tmp_path, SourceOptions(vision_tower="/home/x/" + OFFICIAL_CLIP))
 
 
 def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path):
@@ -341,7 +342,7 @@ def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path):
     (snapshot / "config.json").write_text(json.dumps(TOWER))
     for changes, tower in (({}, tmp_path / CACHED), ({"mm_vision_tower": CACHED}, None)):
         (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=None, **changes)))
-        assert read_config(tmp_path, vision_tower=tower).vision.hidden == 64
+        assert read_config(tmp_path, SourceOptions(vision_tower=tower)).vision.hidden == 64
     assert locate(tmp_path / CACHED) == snapshot
     (snapshot.parent / "other").mkdir()
     (snapshot.parent / "other" / "config.json").write_text("{}")

@@ -1,6 +1,7 @@
 """vision.onnx in stock ONNX Runtime equals PyTorch: folded and not, at any crop shape and grid mode."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -39,12 +40,12 @@ def vision_session(golden_model, golden_checkpoint, tmp_path_factory):
 
 def errors(model, session, rows, cols, *, grid_mode="selective", batch=1, seed=0):
     pixels = torch.randn(batch, 3, rows * 14, cols * 14, generator=torch.Generator().manual_seed(seed))
-    model.grid_mode, before = grid_mode, model.grid_mode
+    model.images, before = replace(model.images, grid_mode=grid_mode), model.images
     try:
         expected = model.encode_crops(pixels).numpy()
         geometry = model.geometry(rows, cols)
     finally:
-        model.grid_mode = before
+        model.images = before
     feeds = {i.name: geometry[i.name].numpy() for i in session.get_inputs() if i.name != "pixels"}
     actual = session.run(["tokens"], {"pixels": pixels.numpy(), **feeds})[0]
     assert actual.shape == expected.shape

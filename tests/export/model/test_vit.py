@@ -4,6 +4,7 @@ from golden import recipe
 from support.goldens import assert_close, golden_tensors
 
 from uhd_export.checkpoint.config import read_config
+from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.reader import VISION_PREFIX, Checkpoint
 from uhd_export.model.vit import VisionTower
 from uhd_export.runtime.image.geometry import crop_geometry
@@ -14,7 +15,7 @@ CROPS = [((24, 24), 1), ((19, 29), 2), ((29, 19), 3), ((17, 33), 4)]
 
 @pytest.fixture(scope="module")
 def tower(golden_checkpoint):
-    config = read_config(golden_checkpoint, vision_tower=golden_checkpoint / "clip").vision
+    config = read_config(golden_checkpoint, SourceOptions(vision_tower=golden_checkpoint / "clip")).vision
     with torch.device("meta"):
         tower = VisionTower(config)
     Checkpoint(golden_checkpoint).load_into(tower, VISION_PREFIX, torch.float32)

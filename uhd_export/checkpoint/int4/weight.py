@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from uhd_export.runtime.choices import GROUP_SIZES
 from uhd_export.runtime.errors import UhdError
-
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)

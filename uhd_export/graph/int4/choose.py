@@ -1,7 +1,5 @@
 """How the language model's weights are stored in a bundle: what a user asks for, as format and record."""
 
-from dataclasses import dataclass
-
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 from uhd_export.checkpoint.int4.linears import LM_HEAD, head_group, largest_group, linear_shapes
 from uhd_export.checkpoint.int4.weight import check_group
@@ -14,35 +12,11 @@ from uhd_export.graph.int4.formats import (
     RoundedWeights,
     WeightSource,
 )
+from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WeightOptions
 from uhd_export.graph.linear import Dense, LinearFormat
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
-
-WEIGHTS = ("auto", "dense", "int4", "int4-rtn")
-HEADS = {"dense": None, "int8": 8, "int4": 4}
-ACTIVATIONS = {"int8": 4, "float": 1}
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """What a user may choose of the language model's weights.
-
-    `weights`: auto takes a GPTQ checkpoint as it is and others dense; dense dequantizes; int4 wants a GPTQ
-    checkpoint; int4-rtn rounds to the nearest in groups of `group` inputs (None: the largest that fits).
-    `lm_head` may be rounded too. `activations` int8 is the faster product of ONNX Runtime.
-    """
-
-    weights: str = "auto"
-    group: int | None = None
-    lm_head: str = "dense"
-    activations: str = "int8"
-
-    def __post_init__(self) -> None:
-        """Raise UhdError naming the first option out of range."""
-        for name, allowed in (("weights", WEIGHTS), ("lm_head", HEADS), ("activations", ACTIVATIONS)):
-            if getattr(self, name) not in allowed:
-                raise UhdError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
 
 def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptions) -> Quantization | None:

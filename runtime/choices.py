@@ -1,0 +1,12 @@
+"""What may be chosen by name. Nothing is imported, so that a command line can offer it at once."""
+
+GRID_MODES = ("selective", "fix", "pyramid")
+LAYOUTS = ("flat", "merged")
+ROI_ROUNDINGS = ("exact", "bf16")
+DTYPES = ("float32", "float16")
+DEVICES = ("cpu", "cuda")
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+"""Those that run engines of their own; "onnxruntime" runs the graphs."""
+BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that share a scale, where weights are small integers."""

@@ -1,0 +1,49 @@
+"""What a user may choose about a bundle, one dataclass a concern."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from uhd_export.checkpoint.fields import choice
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.runtime.choices import DTYPES
+
+if TYPE_CHECKING:
+    from uhd_export.tensorrt.options import EngineOptions
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a checkpoint is read, cut images are encoded, weights are stored and engines are built.
+
+    `engines` None makes a bundle for ONNX Runtime. `dtype` is the type of weights and activations, float32
+    or float16 (None: float16 for engines, else float32). `fold` folds the projector exactly. `context` is
+    the number of positions of the key-value cache (None: the model's).
+    """
+
+    reading: SourceOptions = field(default_factory=SourceOptions)
+    images: ImageOptions = field(default_factory=ImageOptions)
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    engines: "EngineOptions | None" = None
+    dtype: str | None = None
+    fold: bool = True
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UhdError naming the first option out of range."""
+        choice("dtype", self.dtype, (None, *DTYPES))
+
+    @property
+    def backend(self) -> str:
+        """What runs the bundle."""
+        return "onnxruntime" if self.engines is None else self.engines.backend
+
+    @property
+    def dialect(self) -> str:
+        """Of the language graph."""
+        return "onnxruntime" if self.engines is None else "tensorrt"
+
+    @property
+    def precision(self) -> str:
+        """The type of weights and activations."""
+        return self.dtype or ("float32" if self.engines is None else "float16")

@@ -1,0 +1,123 @@
+"""The command `build`, which quantizes first where the weights asked for need it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from uhd_export.bundle.options import BuildOptions
+from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
+from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.options import (
+    COUNT,
+    ENGINES,
+    OUTPUT,
+    WEIGHT,
+    calibration_options,
+    checkpoint_argument,
+    engine_options,
+    image_options,
+    output_option,
+    source_options,
+    weight_options,
+)
+from uhd_export.cli.quantize import quantize_into
+from uhd_export.runtime.choices import DTYPES
+from uhd_export.runtime.errors import UhdError
+
+# About a minute of one core, where the 200 of `quantize` take four.
+_QUESTIONS = 50
+
+
+@click.command(cls=Command)
+@checkpoint_argument
+@output_option
+@option("--verify/--no-verify", default=True, help="Measure parity with PyTorch.", section=OUTPUT)
+@option("--force", is_flag=True, help="Replace an existing bundle.", section=OUTPUT)
+@source_options
+@image_options
+@weight_options
+@concern("calibration", CalibrationOptions, *calibration_options)
+@engine_options
+@concern(
+    "options",
+    BuildOptions,
+    option("--fold/--no-fold", default=True, help="Fold the projector exactly.", section=WEIGHT),
+    option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Default: float32 with onnxruntime, else float16.",
+        section=ENGINES,
+    ),
+    option(
+        "--context",
+        type=COUNT,
+        metavar="N",
+        help="Positions of the KV cache; default: the model's.",
+        section=ENGINES,
+    ),
+)
+def build(
+    source: str,
+    output: Path,
+    options: BuildOptions,
+    calibration: CalibrationOptions,
+    verify: bool,
+    force: bool,
+) -> None:
+    """Build a bundle from CHECKPOINT: a folder, a Hugging Face hub id, or nano."""
+    from uhd_export.bundle.build import build_bundle
+    from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
+    from uhd_export.runtime.terminal.report import format_bytes
+
+    quantize = _quantizer(source, output, options, calibration)
+    if quantize is not None:  # the checkpoint's own groups are built
+        options = replace(options, weights=replace(options.weights, group=None))
+    manifest = build_bundle(
+        source, output, options=options, quantize=quantize, verify=verify, force=force, progress=True
+    )
+    print_parity(manifest.parity)
+    click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
+
+
+def _quantizer(
+    source: str, output: Path, options: BuildOptions, calibration: CalibrationOptions
+) -> Callable[[], Path] | None:
+    """What makes the checkpoint that `build --weights int4` needs; None where `source` is built as it is.
+
+    The checkpoint stays beside the bundle, as OUTPUT-gptq, and is taken again where it was made of the same.
+    """
+    if options.weights.weights != "int4":
+        _refuse_calibration("is for calibration; give it with --weights int4")
+        return None
+    from uhd_export.checkpoint.int4.gptq import gptq_config
+    from uhd_export.checkpoint.source import NANO, source_folder
+
+    if gptq_config(source_folder(source)) is not None:
+        _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")
+        return None
+    if calibration.questions is None and source == NANO:
+        calibration = replace(calibration, questions=_QUESTIONS)
+    gptq = GptqOptions(group=options.weights.group)
+    chosen = QuantizeOptions(options.reading, options.images, calibration, gptq)
+    folder = output.with_name(f"{output.name}-gptq")
+
+    def quantize() -> Path:
+        if not folder.exists():
+            click.echo(f"quantizing into {folder} first", err=True)
+        quantize_into(source, folder, chosen, reuse=True)
+        return folder
+
+    return quantize
+
+
+def _refuse_calibration(reason: str) -> None:
+    """Raise UhdError where the command line gives an option of calibration."""
+    context = click.get_current_context()
+    names = CalibrationOptions.__dataclass_fields__
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise UhdError(f"{parameter.opts[0]}: {reason}")

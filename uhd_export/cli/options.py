@@ -1,0 +1,269 @@
+"""The options that commands share; each concern reaches a command as the dataclass of its room."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from uhd_export.calibration.options import MIN_SAMPLES, CalibrationOptions
+from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
+from uhd_export.cli.command import concern, option
+from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WEIGHTS, WeightOptions
+from uhd_export.runtime.choices import BACKENDS, DEVICES, GRID_MODES, GROUP_SIZES, LAYOUTS, ROI_ROUNDINGS
+from uhd_export.runtime.image.slicing import MAX_SLICES
+
+if TYPE_CHECKING:
+    from uhd_export.runtime import Pipeline
+    from uhd_export.tensorrt.options import EngineOptions
+
+SOURCE, IMAGES, WEIGHT, CALIBRATION = "Source", "Images", "Weights", "Calibration"
+ENGINES, OUTPUT, MACHINE = "Engines", "Output", "Machine"
+COUNT = click.IntRange(1)
+
+checkpoint_argument = click.argument("source", metavar="CHECKPOINT", type=click.Path())
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
+output_option = option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write.",
+    section=OUTPUT,
+)
+
+source_options = concern(
+    "reading",
+    SourceOptions,
+    option("--config", type=click.Path(), help="Replaces the checkpoint's config.json.", section=SOURCE),
+    option(
+        "--vision-tower",
+        type=click.Path(),
+        metavar="PATH|ID",
+        help="Replaces the config's mm_vision_tower.",
+        section=SOURCE,
+    ),
+    option(
+        "--layout", type=click.Choice(LAYOUTS), help="Default: by the checkpoint's release.", section=SOURCE
+    ),
+    option(
+        "--mask",
+        type=click.Choice(MASKS),
+        help="feature_scale_mask; default: the config's.",
+        section=SOURCE,
+    ),
+)
+
+slicing_options = (
+    option(
+        "--grid",
+        "grid_mode",
+        default="selective",
+        type=click.Choice(GRID_MODES),
+        help="Windows of the features.",
+        section=IMAGES,
+    ),
+    option(
+        "--max-slices",
+        default=MAX_SLICES,
+        type=COUNT,
+        metavar="N",
+        help="Most slices; 1 means the overview only.",
+        section=IMAGES,
+    ),
+    option(
+        "--resize",
+        type=COUNT,
+        metavar="N",
+        help="Longest side before slicing; default: as it is.",
+        section=IMAGES,
+    ),
+)
+image_options = concern(
+    "images",
+    ImageOptions,
+    *slicing_options,
+    option(
+        "--boxes",
+        "roi_rounding",
+        default="exact",
+        type=click.Choice(ROI_ROUNDINGS),
+        help="Of the windows' boxes; bf16 is as the released code.",
+        section=IMAGES,
+    ),
+)
+
+group_option = option(
+    "--group-size",
+    "group",
+    type=click.Choice(GROUP_SIZES),
+    help="Inputs a scale; default: the largest that fits.",
+    section=WEIGHT,
+)
+weight_options = concern(
+    "weights",
+    WeightOptions,
+    option(
+        "--weights",
+        default="auto",
+        type=click.Choice(WEIGHTS),
+        help="Of the language model's linear layers.",
+        section=WEIGHT,
+    ),
+    option(
+        "--lm-head",
+        default="dense",
+        type=click.Choice(tuple(HEADS)),
+        help="The language model's head.",
+        section=WEIGHT,
+    ),
+    option(
+        "--activations",
+        default="int8",
+        type=click.Choice(tuple(ACTIVATIONS)),
+        help="Of int4 products.",
+        section=WEIGHT,
+    ),
+    group_option,
+)
+
+calibration_options = (
+    option(
+        "--data",
+        type=click.Path(),
+        help="JSONL of images and questions; default: card images.",
+        section=CALIBRATION,
+    ),
+    option(
+        "--image-root",
+        type=click.Path(),
+        help="Where its paths start; default: its folder.",
+        section=CALIBRATION,
+    ),
+    option(
+        "--samples",
+        default=CalibrationOptions.samples,
+        type=click.IntRange(MIN_SAMPLES),
+        metavar="N",
+        help="Sequences to calibrate on.",
+        section=CALIBRATION,
+    ),
+    option(
+        "--length",
+        default=CalibrationOptions.length,
+        type=COUNT,
+        metavar="N",
+        help="Most positions of a sequence.",
+        section=CALIBRATION,
+    ),
+    option(
+        "--seed",
+        default=CalibrationOptions.seed,
+        type=click.IntRange(0),
+        metavar="N",
+        help="Chooses the pairs.",
+        section=CALIBRATION,
+    ),
+    option(
+        "--eval",
+        "questions",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Questions to nano before and after; default: 50 in build, 200 in quantize, else none.",
+        section=CALIBRATION,
+    ),
+)
+
+
+def _engines(
+    backend: str, compute_capabilities: Sequence[str], plugins: bool, workspace: int | None
+) -> "EngineOptions | None":
+    from uhd_export.tensorrt.engines import engine_options
+
+    return engine_options(backend, compute_capabilities, plugins, workspace)
+
+
+engine_options = concern(
+    "engines",
+    _engines,
+    option(
+        "--backend",
+        default="onnxruntime",
+        type=click.Choice(BACKENDS),
+        help="What runs the bundle.",
+        section=ENGINES,
+    ),
+    option(
+        "--compute-capability",
+        "compute_capabilities",
+        multiple=True,
+        metavar="X.Y",
+        help="GPU to build engines for, such as 8.6; repeatable; default: 8.0, 8.6, 8.9 and 12.0.",
+        section=ENGINES,
+    ),
+    option("--plugins/--no-plugins", default=True, help="Engines with our own kernels.", section=ENGINES),
+    option(
+        "--workspace", type=COUNT, metavar="MIB", help="Scratch memory of engine layers.", section=ENGINES
+    ),
+)
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How to open a bundle; None is as the bundle, its backend or the machine says."""
+
+    device: str | None = None
+    threads: int | None = None
+    context: int | None = None
+    grid_mode: str | None = None
+    max_slices: int | None = None
+    resize: int | None = None
+
+    def open(self, bundle: Path) -> "Pipeline":
+        """The pipeline of `bundle`."""
+        from uhd_export.runtime import Pipeline
+        from uhd_export.runtime.progress import status
+
+        chosen = {name: value for name, value in asdict(self).items() if value is not None}
+        with status("opening the bundle"):
+            return Pipeline.open(bundle, **chosen)
+
+
+machine_options = (
+    option(
+        "--device",
+        type=click.Choice(DEVICES),
+        help="Default: cpu with onnxruntime, else cuda.",
+        section=MACHINE,
+    ),
+    option("--threads", type=COUNT, metavar="N", help="CPU threads; default: all cores.", section=MACHINE),
+    option(
+        "--context",
+        type=COUNT,
+        metavar="N",
+        help="Positions of the KV cache; default: the bundle's.",
+        section=MACHINE,
+    ),
+)
+pipeline_options = concern(
+    "opening",
+    PipelineOptions,
+    option(
+        "--grid",
+        "grid_mode",
+        type=click.Choice(GRID_MODES),
+        help="Windows of the features; default: the bundle's.",
+        section=IMAGES,
+    ),
+    option(
+        "--max-slices",
+        type=COUNT,
+        metavar="N",
+        help="Most slices; 1 means the overview only.",
+        section=IMAGES,
+    ),
+    option("--resize", type=COUNT, metavar="N", help="Longest side before slicing.", section=IMAGES),
+    *machine_options,
+)

@@ -1,0 +1,89 @@
+"""The command `run`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
+
+if TYPE_CHECKING:
+    from uhd_export.runtime.language.sampling import Sampling
+
+ANSWER = "Answer"
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) -> "Sampling":
+    from uhd_export.runtime.language.sampling import Sampling
+
+    return Sampling(temperature, top_k, top_p, seed)
+
+
+@click.command(cls=Command)
+@bundle_argument
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question", required=False)
+@option("--image", "more", multiple=True, type=click.Path(path_type=Path), help="A further image.")
+@option(
+    "--max-new-tokens",
+    "tokens",
+    default=256,
+    type=COUNT,
+    metavar="N",
+    help="Longest answer.",
+    section=ANSWER,
+)
+@concern(
+    "sampling",
+    _sampling,
+    option(
+        "--temperature",
+        default=0.0,
+        type=click.FloatRange(0),
+        metavar="T",
+        help="0 takes the likeliest token.",
+        section=ANSWER,
+    ),
+    option(
+        "--top-k",
+        default=0,
+        type=click.IntRange(0),
+        metavar="K",
+        help="Sample among the k likeliest; 0 means all.",
+        section=ANSWER,
+    ),
+    option(
+        "--top-p",
+        default=1.0,
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="P",
+        help="Sample among tokens that make up this share.",
+        section=ANSWER,
+    ),
+    option("--seed", type=click.IntRange(0), metavar="N", help="Makes sampling repeatable.", section=ANSWER),
+)
+@pipeline_options
+def run(
+    bundle: Path,
+    image: Path,
+    question: str | None,
+    more: tuple[Path, ...],
+    tokens: int,
+    sampling: "Sampling",
+    opening: PipelineOptions,
+) -> None:
+    """Ask BUNDLE about IMAGE; without QUESTION, ask several in a row."""
+    from uhd_export.runtime.image.pixels import open_image
+    from uhd_export.runtime.progress import status
+    from uhd_export.runtime.terminal.chat import answer, chat
+
+    with status("opening the image"):
+        images = [open_image(path) for path in (image, *more)]
+    with opening.open(bundle) as pipeline:
+        with status("cutting the image"):
+            conversation = pipeline.converse(images)
+        if question is None:
+            chat(pipeline, conversation, tokens=tokens, sampling=sampling)
+        else:
+            answer(pipeline, conversation, question, tokens=tokens, sampling=sampling)
