@@ -170,10 +170,8 @@ def _tensors(run):
 def test_every_layer_is_quantized_and_better_than_rounding(language, tmp_path):
     run = _run(language, tmp_path / "work")
     steps = []
-    assert run.steps == 12
-    run.quantize_layers(lambda: steps.append(1))
-    assert len(steps) == 12
-    assert run.steps == 0
+    run.quantize_layers(lambda *step: steps.append(step))
+    assert steps == [(done, 12) for done in range(1, 13)]
     records = run.records()
     assert [(r.layer, r.module) for r in records[:2]] == [(0, "self_attn.q_proj"), (0, "self_attn.k_proj")]
     assert len(records) == 21
@@ -240,8 +238,8 @@ def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step)
     whole.quantize_layers(lambda done, total: None)
     run, done = _run(language, tmp_path / "work"), []
 
-    def interrupt():
-        done.append(1)
+    def interrupt(*progress):
+        done.append(progress)
         if len(done) == step:
             raise _Stop
 
@@ -254,8 +252,9 @@ def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step)
     else:
         assert saved[0] == 1
         again = Run(language, CONFIG, run.options, run.work, saved[1], saved[2], 1, saved[0])
-        assert again.steps == 8
-    again.quantize_layers(lambda done, total: None)
+    further = []
+    again.quantize_layers(lambda *progress: further.append(progress))
+    assert further == [(count, 12) for count in range(1 if saved is None else 5, 13)]
     assert {n: t.tolist() for n, t in _tensors(again).items()} == {
         n: t.tolist() for n, t in _tensors(whole).items()
     }

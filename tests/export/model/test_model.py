@@ -111,7 +111,7 @@ def test_the_embedded_model_is_loaded_by_name():
         ({"roi_rounding": "foo"}, "roi_rounding 'foo': must be one of exact, bf16"),
         ({"max_slices": 0}, "max slices 0"),
         ({"resize": 0}, "resize 0"),
-        ({"mask": 6}, "feature_scale_mask: 6"),
+        ({"mask": 6}, "mask 6: must be one of 1, 3, "),
         ({"vision_tower": "/no/such/tower/here"}, "/no/such/tower/here"),
         ({"config": "/no/such.json"}, r"/no/such\.json: no such file"),
     ],
