@@ -7,8 +7,8 @@ from support.refusals import one_line_error
 
 from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
-from uhd_export.checkpoint.source import locate
 from uhd_export.checkpoint.options import SourceOptions
+from uhd_export.checkpoint.source import locate
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators
