@@ -38,7 +38,7 @@ def test_the_whole_runtime_imports_without_torch():
     assert not loaded & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["uhd_export.cli.main"])
+@pytest.mark.parametrize("module", ["uhd_export", "uhd_export.cli.main"])
 def test_the_command_line_starts_light(module):
     assert not loaded_by(module) & {*HEAVY, "numpy", "onnxruntime", "PIL"}
 

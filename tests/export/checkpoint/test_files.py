@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.options import build_options
 
 from uhd_export.checkpoint.files import weight_sizes
 from uhd_export.checkpoint.reader import Checkpoint
@@ -192,6 +193,7 @@ def test_what_is_missing_from_a_model_is_named_before_any_work(golden_checkpoint
     kept = {name: whole.tensor(name) for name in whole.names() if not name.startswith(prefix)}
     save_file(kept, tmp_path / "c" / SINGLE)
     with pytest.raises(UhdError, match=match) as caught:
-        build_bundle(tmp_path / "c", tmp_path / "out", vision_tower=tmp_path / "c" / "clip")
+        options = build_options(vision_tower=tmp_path / "c" / "clip")
+        build_bundle(tmp_path / "c", tmp_path / "out", options=options)
     assert str(tmp_path / "c") in str(caught.value)
     assert not (tmp_path / "out").exists()

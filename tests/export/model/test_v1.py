@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden import recipe
 from support.goldens import assert_close, golden_tensors
+from support.options import build_options
 
 from uhd_export import load_model
 from uhd_export.bundle.build import build_bundle
@@ -46,7 +47,8 @@ def pipeline(checkpoint, tmp_path_factory):
     vocab = {f"w{i}": i for i in range(32000)}
     Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(checkpoint / "tokenizer.json"))
     folder = tmp_path_factory.mktemp("v1") / "bundle"
-    build_bundle(checkpoint, folder, vision_tower=checkpoint / "clip", context=1024, verify=False)
+    options = build_options(vision_tower=checkpoint / "clip", context=1024)
+    build_bundle(checkpoint, folder, options=options, verify=False)
     with Pipeline.open(folder) as pipeline:
         yield pipeline
 
