@@ -12,7 +12,6 @@ from rich.table import Table
 
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import (
-    ENGINE_BACKENDS,
     Manifest,
     Parity,
     Quantization,

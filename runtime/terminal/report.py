@@ -8,10 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from uhd_export.runtime.choices import LAYOUTS
 from uhd_export.runtime.config import ModelConfig, official
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
-from uhd_export.runtime.image.layout import LAYOUTS, Separators, indicator_tokens, visual_token_count
+from uhd_export.runtime.image.layout import Separators, indicator_tokens, visual_token_count
 from uhd_export.runtime.image.slicing import SlicePlan
 from uhd_export.runtime.profiling.costs import (
     INT4_BYTES,

@@ -58,7 +58,7 @@ class CheckpointConfig:
 def read_config(folder: Path, options: SourceOptions | None = None) -> CheckpointConfig:
     """The typed configuration of the checkpoint in `folder`, read as `options` say.
 
-    The vocabulary is cut to the tokenizer's, as the released code does, so that rows without a token never win.
+    The vocabulary is cut to the tokenizer's, as the released code does: rows without a token never win.
     """
     options = options or SourceOptions()
     raw = read_json(Path(options.config) if options.config else folder / "config.json")
