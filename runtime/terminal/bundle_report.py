@@ -18,6 +18,7 @@ from uhd_export.runtime.bundle.manifest import (
     part_files,
     read_manifest,
 )
+from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.engines.tensorrt.record import plan_memory, read_record
 from uhd_export.runtime.progress import progress_bar
 from uhd_export.runtime.terminal.quality_report import print_quality as print_quality
