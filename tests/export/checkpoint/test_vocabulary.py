@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.options import BuildOptions
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
@@ -48,7 +49,7 @@ def test_rows_without_a_token_never_win(padded, tmp_path):
     image = np.random.RandomState(0).randint(0, 256, (200, 300, 3), np.uint8)
     answers = []
     for source, name in ((EMBEDDED, "plain"), (padded, "padded")):
-        build_bundle(source, tmp_path / name, context=512, verify=False)
+        build_bundle(source, tmp_path / name, options=BuildOptions(context=512), verify=False)
         assert np.load(tmp_path / name / EMBEDDINGS, mmap_mode="r").shape[0] == TOKENS
         with Pipeline.open(tmp_path / name) as pipeline:
             prompt = pipeline.input_ids("USER: <image>\nWhat is this? ASSISTANT:")
