@@ -3,12 +3,13 @@
 That the runtime works without PyTorch is in test_imports.py.
 """
 
+import ast
 import graphlib
 import re
 import tomllib
 
 import pytest
-from support.source_tree import FOLDERS, ROOT, import_graph, imports, modules
+from support.source_tree import FOLDERS, ROOT, import_graph, imports, modules, tree
 
 # From the ground up. A module may import from its own place and those below it.
 ROOMS = ("runtime", "plugins", "uhd_export", "calibration", "cli")
@@ -39,7 +40,11 @@ INSIDE = {
     ),
 }
 TOGETHER = {"pipeline", "conversation"}  # one place in two files
-MOST_LINES = 350
+MOST_LINES, MOST_PARAMETERS = 350, 9
+WIDE = {
+    "uhd_export.model.uhd.load_model",  # notebooks call it: keywords, one for each field they may replace
+    "uhd_export.plugins.jbu.torch_op.reference",  # a registered operator: one for each of its tensors
+}
 
 
 def room(module: str) -> str:
@@ -156,3 +161,19 @@ def test_every_folder_of_modules_is_installed():
 def test_files_are_small():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_functions_take_few_parameters():
+    """Options travel as one object for each concern. A kernel's parameters are its launch's arguments."""
+    long = {}
+    for name, path in modules().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and not any(
+                ast.unparse(decorator).startswith("triton.") for decorator in node.decorator_list
+            ):
+                given = node.args
+                names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+                count = len(set(names) - {"self", "cls"})
+                if count > MOST_PARAMETERS:
+                    long[f"{name}.{node.name}"] = count
+    assert long.keys() == WIDE, long
