@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, or sampling with temperature, top-k and top-p."""
+"""Choosing the next token from logits: greedy, or sampling with temperature, top-k, top-p and min-p."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,15 @@ class Sampling:
     """How to choose tokens. The default is greedy; so is temperature 0.
 
     `top_k` keeps the k most probable tokens (0: all); `top_p` then keeps the fewest that together reach
-    this probability (1: all); `seed` makes the choices repeatable.
+    this probability (1: all), and `min_p` those of at least this share of the most probable one's (0: all);
+    `seed` makes the choices repeatable.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise UhdError naming a field that is out of range."""
@@ -33,6 +35,8 @@ class Sampling:
             raise UhdError(f"top_k: {self.top_k} is out of range; use 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UhdError(f"top_p: {self.top_p} is out of range; use more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UhdError(f"min_p: {self.min_p} is out of range; use 0 (all tokens) to 1")
         if self.seed is not None and self.seed < 0:
             raise UhdError(f"seed: {self.seed} is out of range; use 0 or more")
 
@@ -49,8 +53,8 @@ def greedy(logits: NDArray[Any]) -> int:
 def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
     """What `sample` draws from: (vocab,) float64 that sum to 1, zero for tokens left out.
 
-    Temperature comes first, then top-k, then top-p of what top-k left. Tokens as probable as the last one
-    that top-k admits are cut by id, so that exactly k remain. Nucleus: arXiv 1904.09751, section 3.1.
+    Temperature comes first, then min-p, then top-k, then top-p of what top-k left. Tokens as probable as the
+    last one that top-k admits are cut by id, so that exactly k remain. Nucleus: arXiv 1904.09751, 3.1.
     """
     if sampling.temperature == 0:
         one_hot = np.zeros(logits.shape, np.float64)
@@ -60,6 +64,8 @@ def probabilities(logits: NDArray[Any], sampling: Sampling) -> NDArray[Any]:
     wide = logits.astype(np.float64)
     with np.errstate(over="ignore"):
         weights: NDArray[np.float64] = np.exp((wide - wide.max()) / sampling.temperature)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0  # the largest weight is 1
     if sampling.top_k == 0 and sampling.top_p == 1:
         shares: NDArray[np.float64] = weights / weights.sum()
         return shares

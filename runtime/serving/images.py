@@ -41,15 +41,18 @@ def read_image(data: bytes, *, max_pixels: int) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > max_pixels:
-                    raise UhdError(
-                        f"image: {width}x{height} is more than {max_pixels / 1e6:.0f} megapixels; "
-                        "send it smaller"
-                    )
+                    raise _too_many(max_pixels)
                 return open_image(opened)
+    except Image.DecompressionBombError:  # Pillow's own limit, which comes first
+        raise _too_many(max_pixels) from None
     except UnidentifiedImageError:
         raise UhdError(f"image: no image of a known format; send {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UhdError(f"image: cannot be read ({error}); convert it to PNG or JPEG") from None
+
+
+def _too_many(max_pixels: int) -> UhdError:
+    return UhdError(f"image: more than {max_pixels / 1e6:.0f} megapixels; send it smaller")
 
 
 class EncodedImages:

@@ -48,7 +48,7 @@ class Limits:
 
 
 class Scheduler:
-    """Answers requests on `rows`, as many at a time as there are rows. `on_end` is told of each answer."""
+    """Answers requests on `rows`, as many at a time as there are rows."""
 
     def __init__(
         self,
@@ -61,11 +61,12 @@ class Scheduler:
         *,
         encoded: EncodedImages,
         limits: Limits,
-        on_end: Callable[[Summary], None] = lambda summary: None,
     ) -> None:
         self._rows, self._language, self._table = rows, language, table
         self._tokenizer, self._eos, self._encoded = tokenizer, tuple(eos), encoded
-        self.limits, self._on_end = limits, on_end
+        self.limits = limits
+        self.listeners: list[Callable[[Summary], None]] = []
+        """Told of each answer's end, in the scheduler's thread."""
         self._changed = threading.Condition()
         self._queue: FairQueue[Generation] = FairQueue(limits.waiting)
         self._coming: list[Generation] = []
@@ -306,7 +307,8 @@ class Scheduler:
         summary = generation.stream.summary
         if summary.completion_tokens:
             self._mean_seconds += 0.2 * (summary.total - self._mean_seconds)
-        self._on_end(summary)
+        for listener in self.listeners:
+            listener(summary)
 
     def _embeds(self, generation: Generation, start: int) -> Array:
         """(S, D) embeddings of the prompt from position `start` on."""

@@ -1,7 +1,7 @@
 """A bundle that serves many callers: what every door, be it HTTP or a file of questions, goes through."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,7 @@ from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
 from uhd_export.runtime.serving.grammar import Grammar, Grammars
 from uhd_export.runtime.serving.images import EncodedImages, ImageCutter
 from uhd_export.runtime.serving.memory import plan_memory
-from uhd_export.runtime.serving.request import AnswerStream, Request, Summary
+from uhd_export.runtime.serving.request import AnswerStream, Request
 from uhd_export.runtime.serving.rows import Rows
 from uhd_export.runtime.serving.scheduler import Limits, Scheduler
 from uhd_export.runtime.serving.vision import VisionWorker
@@ -61,7 +61,6 @@ class Service:
         settings: Settings,
         engines: tuple[Engine, Engine],
         options: ServiceOptions,
-        on_end: Callable[[Summary], None],
     ) -> None:
         vision, language = engines
         self.manifest, self.settings, self.options = manifest, settings, options
@@ -92,7 +91,6 @@ class Service:
             manifest.model.language.eos,
             encoded=self.encoded,
             limits=options.limits,
-            on_end=on_end,
         )
 
     @classmethod
@@ -104,7 +102,6 @@ class Service:
         device: str | None = None,
         threads: int | None = None,
         slicing: Mapping[str, Any] | None = None,
-        on_end: Callable[[Summary], None] = lambda summary: None,
     ) -> Self:
         """Open the bundle in folder `bundle`, as `Pipeline.open` does.
 
@@ -131,7 +128,7 @@ class Service:
             for name in part_files(manifest.backend)
         )
         try:
-            return cls(folder, manifest, settings, (vision, language), options, on_end)
+            return cls(folder, manifest, settings, (vision, language), options)
         except BaseException:
             vision.close()
             language.close()

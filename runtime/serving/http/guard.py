@@ -1,0 +1,102 @@
+"""What stands before every route: keys, the size of a body, and the time in which it must come."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# What may be asked without a key: that the server lives, and the page, which asks for the key itself.
+OPEN = ("/", "/health")
+
+
+class Guard:
+    """Refuses a request without a key (401), with a large body (413) or a slow one (408).
+
+    `scope["state"]["caller"]` is whose turn in the waiting line it is: the key, else the address.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_bytes: int, body_seconds: float) -> None:
+        self._app, self._max_bytes, self._body_seconds = app, max_bytes, body_seconds
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        caller = self._caller(scope, headers)
+        if caller is None:
+            await refuse(send, 401, "the key is missing or wrong; send Authorization: Bearer KEY")
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        try:
+            size = int(headers.get(b"content-length", b"0"))
+        except ValueError:
+            size = 0
+        if size > self._max_bytes:
+            await refuse(send, 413, self._too_large())
+            return
+        try:
+            body = await self._body(receive)
+        except TimeoutError:
+            await refuse(send, 408, f"the body did not come within {self._body_seconds:g} s")
+            return
+        if body is None:
+            await refuse(send, 413, self._too_large())
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    def _caller(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+        """Who asks; None where a key is needed and not given. All keys are compared, in the same time."""
+        given = headers.get(b"authorization", b"")
+        kind, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        known = [hmac.compare_digest(digest, own) for own in self._keys]
+        if self._keys and kind.lower() == b"bearer" and any(known):
+            return digest.hex()
+        # A browser asks whether it may send the key before it does.
+        if self._keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            return None
+        return str((scope.get("client") or ("",))[0])
+
+    async def _body(self, receive: Receive) -> list[Message] | None:
+        """All messages of the body; None where it is too large."""
+        messages, size = [], 0
+        async with asyncio.timeout(self._body_seconds):
+            while True:
+                message = await receive()
+                messages.append(message)
+                size += len(message.get("body", b""))
+                if size > self._max_bytes:
+                    return None
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return messages
+
+    def _too_large(self) -> str:
+        return f"the body has more than {self._max_bytes / 2**20:g} MiB; send smaller or fewer images"
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    """First what was read already, then what comes: that the client goes."""
+    waiting = list(messages)
+
+    async def next_message() -> Message:
+        return waiting.pop(0) if waiting else await receive()
+
+    return next_message
+
+
+async def refuse(send: Send, status: int, message: str) -> None:
+    """An answer in OpenAI's form of an error. The connection ends, since a body may be left on it."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,271 @@
+"""The HTTP API in process: OpenAI's words, limits, and errors in one form."""
+
+import json
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from support.requests import about, data_uri
+
+from uhd_export.runtime.serving.http.app import HttpOptions, create_app
+from uhd_export.runtime.serving.scheduler import Limits
+
+
+@pytest.fixture
+def client(serve):
+    """`client(http_options, **service_options)`: a client of the application in this process."""
+
+    def run(options=None, **service):
+        return TestClient(create_app(serve(**service), options), raise_server_exceptions=False)
+
+    return run
+
+
+def post(client, messages="Say it.", **fields):
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return client.post("/v1/chat/completions", json={"messages": messages, **fields})
+
+
+def events(response) -> list[dict]:
+    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_answer_whole_and_streamed_are_one(client, cards):
+    image, question, code = cards[0]
+    client = client()
+    whole = post(client, about(image, question), max_tokens=8)
+    assert whole.status_code == 200, whole.text
+    body = whole.json()
+    assert body["object"] == "chat.completion" and body["model"] == "llava-uhd"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": code}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    usage = body["usage"]
+    assert usage["prompt_tokens"] > 1000 and usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert set(body["timings"]["seconds"]) == {"image", "queue", "vision", "prefill", "decode"}
+
+    streamed = post(
+        client, about(image, question), max_tokens=8, stream=True, stream_options={"include_usage": True}
+    )
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    chunks = events(streamed)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+    assert text == code
+    assert [c["choices"][0]["finish_reason"] for c in chunks[-2:-1]] == ["stop"]
+    assert (
+        chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == usage["completion_tokens"]
+    )
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 1000  # the slot had it
+
+
+def test_finish_reasons_stop_texts_and_limits(client):
+    client = client(context=256)
+    eos = {"2": -100}
+    long = post(client, max_tokens=5, logit_bias=eos).json()
+    assert long["choices"][0]["finish_reason"] == "length" and long["usage"]["completion_tokens"] == 5
+    text = post(client, max_tokens=30, logit_bias=eos).json()["choices"][0]["message"]["content"]
+    stop = text[7:10]
+    cut = post(client, max_tokens=30, logit_bias=eos, stop=["no such", stop]).json()["choices"][0]
+    assert cut["finish_reason"] == "stop" and cut["message"]["content"] == text[: text.index(stop)]
+    streamed = events(post(client, max_tokens=30, logit_bias=eos, stop=stop, stream=True))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in streamed) == text[: text.index(stop)]
+    full = post(client, logit_bias=eos).json()
+    assert full["choices"][0]["finish_reason"] == "length"
+    assert full["usage"]["total_tokens"] == 256 + 1
+    refused = post(client, "word " * 400)
+    assert refused.status_code == 400 and "context of 256" in refused.json()["error"]["message"]
+
+
+def test_logprobs_tell_the_likeliest_tokens(client):
+    client = client(context=256)
+    body = post(client, max_tokens=4, logit_bias={"2": -100}, logprobs=True, top_logprobs=3).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert len(content) == 4
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 3
+        best = [one["logprob"] for one in entry["top_logprobs"]]
+        assert best == sorted(best, reverse=True) and best[0] <= 0
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+    assert post(client, top_logprobs=3).status_code == 400
+
+
+def test_sampling_is_seeded_and_penalties_matter(client):
+    client = client(context=512)
+    fields = {"max_tokens": 40, "logit_bias": {"2": -100}}
+
+    def text(**more):
+        return post(client, **fields, **more).json()["choices"][0]["message"]["content"]
+
+    warm = {"temperature": 1.5, "top_p": 0.95, "top_k": 40, "min_p": 0.01}
+    assert text(**warm, seed=1) == text(**warm, seed=1) != text(**warm, seed=2)
+    greedy = text()
+    assert text(top_k=1, temperature=3, seed=1) == greedy
+    assert text(min_p=1, temperature=3, seed=1) == greedy
+    for penalty in ({"repetition_penalty": 5}, {"presence_penalty": 2}, {"frequency_penalty": 2}):
+        assert text(**penalty) != greedy
+
+
+@pytest.mark.parametrize("kind", ["schema", "object"])
+def test_an_answer_follows_a_json_schema(client, kind):
+    schema = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "pattern": "^[0-9]{3}$"}, "ok": {"type": "boolean"}},
+        "required": ["code", "ok"],
+        "additionalProperties": False,
+    }
+    formats = {
+        "schema": {"type": "json_schema", "json_schema": {"name": "card", "schema": schema}},
+        "object": {"type": "json_object"},
+    }
+    body = post(client(context=512), max_tokens=200, response_format=formats[kind]).json()
+    choice = body["choices"][0]
+    if kind == "schema":
+        answer = json.loads(choice["message"]["content"])
+        assert (
+            set(answer) == {"code", "ok"} and len(answer["code"]) == 3 and choice["finish_reason"] == "stop"
+        )
+    else:
+        assert choice["message"]["content"].startswith("{")
+
+
+def test_models_health_metrics_plan_and_tokenize(client, cards):
+    client = client()
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["llava-uhd"]
+    assert client.get("/health").json() == {"status": "ok"}
+    image = cards[0][0]
+    plan = client.post("/v1/plan", json={"width": 1008, "height": 672}).json()
+    assert plan == client.post("/v1/plan", json={"image_url": {"url": data_uri(image)}}).json()
+    assert plan["slice_grid"] == [3, 2] and len(plan["boxes"]) == 6 and plan["overview_size"] == [406, 266]
+    assert plan["boxes"][5] == pytest.approx([2 / 3, 1 / 2, 1, 1])
+    assert plan["visual_tokens"] == 1014 and plan["crops"] == 7
+    body = client.post("/v1/tokenize", json={"messages": about(image, "What?")}).json()
+    assert body["ids"].count(-200) == 1 and body["positions"] == len(body["ids"]) - 1 + 1014
+    usage = post(client, about(image, "What?"), max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens"] == body["positions"]
+    post(client, "word " * 3000)
+    text = client.get("/metrics").text
+    for line in (
+        'uhd_requests_total{outcome="length"} 1.0',
+        'uhd_requests_total{outcome="refused"} 1.0',
+        'uhd_images_total{encoded="now"} 1.0',
+        f'uhd_tokens_total{{kind="prompt"}} {body["positions"]}.0',
+        "uhd_slots 4.0",
+        "uhd_busy_slots 0.0",
+        'uhd_stage_seconds_count{stage="prefill"} 1.0',
+    ):
+        assert line in text, line
+    assert "process_resident_memory_bytes" in text
+
+
+def test_a_dialogue_of_several_images_and_turns(client, cards):
+    client = client(context=4096)
+    (first, question, code), (second, other, _), _ = cards
+    messages = about(first, question)
+    messages += [{"role": "assistant", "content": code}, *about(second, other)]
+    body = post(client, messages, max_tokens=8).json()
+    assert body["usage"]["prompt_tokens"] > 2000
+    messages = [{"role": "system", "content": "Be brief."}, *about(first, question)]
+    assert post(client, messages, max_tokens=2).status_code == 200
+    for wrong, reason in (
+        ([{"role": "assistant", "content": "x"}], "the user last"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "take turns"),
+        ([{"role": "user", "content": "<image> what?"}], "1 <image> markers for 0 images"),
+        ([{"role": "system", "content": about(first, "x")[0]["content"]}, *messages[1:]], "only the user"),
+    ):
+        answer = post(client, wrong)
+        assert answer.status_code == 400 and reason in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2}, "n:"),
+        ({"model": "gpt-4"}, "model: 'gpt-4' is not served"),
+        ({"logit_bias": {"99999999": 1}}, "outside the vocabulary"),
+        ({"logit_bias": {"a": 1}}, "token ids"),
+        ({"logit_bias": {"1": 1000}}, "logit_bias"),
+        ({"stop": ["", "x"]}, "stop"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+            "response_format",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client, fields, message):
+    answer = post(client(context=256), **fields)
+    assert answer.status_code == 400
+    problem = answer.json()["error"]
+    assert message in problem["message"] and problem["type"] == "invalid_request_error"
+    assert "\n" not in problem["message"]
+
+
+def test_a_full_line_answers_429_with_retry_after(serve):
+    service = serve(slots=1, limits=Limits(waiting=0))
+    client = TestClient(create_app(service))
+    answer = post(client, max_tokens=1)
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    service.close()
+    assert client.get("/health").status_code == 503
+    assert post(client, max_tokens=1).status_code == 503
+
+
+def test_keys_are_asked_for(client):
+    client = client(HttpOptions(keys=("first", "second"), cors=("https://page.example",)), context=256)
+    assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic first"},
+        {"Authorization": "Bearer "},
+    ):
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            answer = client.get(path, headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["type"] == "authentication_error"
+    for key in ("first", "second"):
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    allowed = client.options("/v1/chat/completions", headers=asked)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    other = client.options("/v1/chat/completions", headers={**asked, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_large_bodies_bombs_and_strange_files_are_refused(client):
+    client = client(HttpOptions(max_bytes=200_000, max_pixels=1_000_000), context=256)
+    answer = post(client, "x" * 300_000)
+    assert answer.status_code == 413 and "MiB" in answer.json()["error"]["message"]
+    chunked = client.post("/v1/chat/completions", content=(b"x" * 10_000 for _ in range(50)))
+    assert chunked.status_code == 413
+    bomb = Image.new("1", (20_000, 20_000))  # 400 megapixels in 50 kB
+    uri = data_uri(bomb)
+    assert len(uri) < 100_000
+    cases = {
+        uri: "megapixels",
+        "data:image/png;base64,AAAA": "no image of a known format",
+        "data:image/png;base64,!!!!": "not base64",
+        "data:text/html;base64,AAAA": "data URI",
+        "data:image/png,raw": "data URI",
+        data_uri(Image.new("RGB", (60, 60)), "EPS"): "no image of a known format",
+        data_uri(Image.effect_noise((200, 200), 50))[:-20000]: "cannot be read",
+        "https://example.com/a.png": "--allow-urls",
+        "file:///etc/passwd": "data URI",
+        "http://127.0.0.1/": "data URI",
+    }
+    for url, message in cases.items():
+        part = {"type": "image_url", "image_url": {"url": url}}
+        answer = post(client, [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+        assert answer.status_code == 400, (url[:40], answer.text)
+        assert message in answer.json()["error"]["message"], (url[:40], answer.text)
+    many = [{"type": "image_url", "image_url": {"url": data_uri(Image.new("RGB", (40, 40)))}}] * 17
+    assert "at most 16" in post(client, [{"role": "user", "content": many}]).json()["error"]["message"]
