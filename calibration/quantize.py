@@ -26,8 +26,9 @@ from uhd_export.calibration.writer import bytes_beside_layers, quantization_conf
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.files import weight_paths
-from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, gptq_config
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 from uhd_export.checkpoint.int4.linears import largest_group, linear_shapes
+from uhd_export.checkpoint.int4.settings import is_quantized
 from uhd_export.checkpoint.int4.weight import check_group
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
@@ -72,7 +73,7 @@ def quantize(
         raise UhdError(f"output {out}: exists already; choose another, or delete it")
     version = library_version()
     folder = source_folder(source)
-    if gptq_config(folder) is not None:
+    if is_quantized(folder):
         raise UhdError(f"checkpoint {source}: is quantized already; build takes it as it is")
     config = read_config(folder, options.reading)
     gptq = replace(options.gptq, group=options.gptq.group or largest_group(config.language))

@@ -70,6 +70,11 @@ class Checkpoint:
 
     def _remedy(self, name: str) -> str:
         """What a missing tensor tells about the folder, and what to do."""
+        if f"{name.removesuffix('.weight')}.qweight" in self._where:
+            return (
+                ": its layers are quantized, but config.json has no quantization_config; download the folder "
+                "again, or pass the original checkpoint"
+            )
         if name == "lm_head.weight":
             return "; if the head is the embedding table, set tie_word_embeddings to true in config.json"
         for prefix, part in ((VISION_PREFIX, "vision tower"), (PROJECTOR_PREFIX, "projector")):

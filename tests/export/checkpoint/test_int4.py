@@ -252,7 +252,7 @@ def test_group_sizes_that_do_not_fit_are_named():
 
 
 def test_groups_of_unequal_size_are_refused():
-    with pytest.raises(UhdError, match="equal groups"):
+    with pytest.raises(UhdError, match="groups of the stated size"):
         group_order(np.array([0] * 33 + [1] * 31), 64, 2)
 
 
@@ -363,7 +363,7 @@ def test_settings_beside_the_config_are_read(tmp_path, layer):
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 8}, {"quant_method": "awq"}, {"format": "marlin"}, {"pack_dtype": "int16"}]
+    "change", [{"bits": 3}, {"quant_method": "awq"}, {"format": "marlin"}, {"pack_dtype": "int16"}]
 )
 def test_other_quantized_checkpoints_are_refused(tmp_path, layer, change):
     tensors = {f"q.{k}": v for k, v in pack_gptq(layer).items()}

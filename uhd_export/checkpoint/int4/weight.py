@@ -1,6 +1,6 @@
 """A weight matrix in groups of small integers: what it means, and rounding to the nearest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class QuantizedWeight:
         ordered = np.empty_like(out)
         ordered[:, self.order] = out
         return ordered
+
+    def rows(self, count: int) -> "QuantizedWeight":
+        """The first `count` outputs."""
+        return replace(self, codes=self.codes[:count], scales=self.scales[:count], zeros=self.zeros[:count])
 
     def regroup(self, size: int) -> "QuantizedWeight":
         """The same values in smaller groups of `size` columns, for backends that limit the group size."""

@@ -45,7 +45,7 @@ def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptio
             raise UhdError(
                 f"checkpoint {checkpoint.folder}: no linear layer of the language model is quantized"
             )
-        group = gptq.shape(f"{names[0]}.weight")[1] // gptq.groups(names[0])
+        group = gptq.group(names[0])
         symmetric = all(gptq.symmetric(name) for name in names)
         act_order = any(gptq.order(name) is not None for name in names)
     elif weights == "int4-rtn":

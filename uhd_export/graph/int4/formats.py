@@ -56,9 +56,9 @@ class GptqWeights:
                 f"layer {linear.name}: qweight holds a weight of shape {list(actual)}, expected "
                 f"{list(expected)}; do config.json and the weights belong together?"
             )
-        group = _split(linear.name, linear.inputs // self.checkpoint.groups(linear.name))
-        checkpoint = self.checkpoint
-        return Description(4, group, checkpoint.symmetric(linear.name), checkpoint.order(linear.name))
+        checkpoint, name = self.checkpoint, linear.name
+        group = _split(name, checkpoint.group(name))
+        return Description(checkpoint.bits(name), group, checkpoint.symmetric(name), checkpoint.order(name))
 
     def load(self, linear: Linear) -> QuantizedWeight:
         """One layer, from the checkpoint."""
