@@ -92,10 +92,10 @@ def _quantizer(
     if options.weights.weights != "int4":
         _refuse_calibration("is for calibration; give it with --weights int4")
         return None
-    from uhd_export.checkpoint.int4.gptq import gptq_config
+    from uhd_export.checkpoint.int4.settings import is_quantized
     from uhd_export.checkpoint.source import NANO, source_folder
 
-    if gptq_config(source_folder(source)) is not None:
+    if is_quantized(source_folder(source)):
         _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")
         return None
     if calibration.questions is None and source == NANO:

@@ -119,15 +119,19 @@ def test_others_are_refused_with_the_path_and_a_remedy(tmp_path, settings):
 @pytest.mark.parametrize("settings", [FOREIGN["awq"], FOREIGN["old bitsandbytes"], FOREIGN["torchao"]])
 def test_quantize_and_build_refuse_alike(tmp_path, settings):
     from uhd_export.bundle.build import build_bundle
+    from uhd_export.bundle.options import BuildOptions
+    from uhd_export.calibration.options import QuantizeOptions
     from uhd_export.calibration.quantize import quantize
+    from uhd_export.checkpoint.options import SourceOptions
     from uhd_export.checkpoint.source import EMBEDDED
 
     config = json.loads((EMBEDDED / "config.json").read_text())
     folder = write(tmp_path, settings, q=pack(1)[0])
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    for refuse in (build_bundle, quantize):
+    reading = SourceOptions(vision_tower=EMBEDDED / "clip")
+    for refuse, options in ((build_bundle, BuildOptions(reading)), (quantize, QuantizeOptions(reading))):
         with one_line_error(rf"{tmp_path}.*config field quantization_config\.quant_method"):
-            refuse(folder, tmp_path / "out", vision_tower=EMBEDDED / "clip")
+            refuse(folder, tmp_path / "out", options=options)
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
