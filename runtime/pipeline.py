@@ -13,7 +13,7 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
-from uhd_export.runtime.choices import GRID_MODES
+from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
 from uhd_export.runtime.conversation import Conversation
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.base import Engine
@@ -83,13 +83,14 @@ class Pipeline:
         grid_mode: str | None = None,
         max_slices: int | None = None,
         resize: int | Keep | None = KEEP,
+        template: str | None = None,
     ) -> Self:
         """Open the bundle in folder `bundle` on `device`, "cpu" or "cuda" (default: as its backend does).
 
         `threads` limits the CPU threads. `context` is the number of positions of the key-value cache, by
-        default and at most the bundle's. `grid_mode`, `max_slices` and `resize` replace the bundle's defaults
-        (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are verified first.
-        Raises UhdError where the bundle cannot be trusted or run.
+        default and at most the bundle's. `grid_mode`, `max_slices`, `resize` and `template` replace the
+        bundle's defaults (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are
+        verified first. Raises UhdError where the bundle cannot be trusted or run.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
@@ -97,7 +98,7 @@ class Pipeline:
         most = manifest.settings.context
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
-        run = configured(manifest.settings, grid_mode, max_slices, resize)
+        run = configured(manifest.settings, grid_mode, max_slices, resize, template)
         vision, language = (
             open_engine(folder / name, manifest.backend, device=device, threads=threads)
             for name in part_files(manifest.backend)
@@ -107,11 +108,19 @@ class Pipeline:
         return pipeline
 
     def configure(
-        self, *, grid_mode: str | None = None, max_slices: int | None = None, resize: int | Keep | None = KEEP
+        self,
+        *,
+        grid_mode: str | None = None,
+        max_slices: int | None = None,
+        resize: int | Keep | None = KEEP,
+        template: str | None = None,
     ) -> None:
-        """Change how the next images are cut: grid mode, most slices (1: overview only), longest side."""
+        """Change how the next images are cut, or questions put.
+
+        Grid mode, most slices (1: overview only), longest side; the conversation template.
+        """
         with self._turns.call(ends_answer=False):
-            self.settings = configured(self.settings, grid_mode, max_slices, resize)
+            self.settings = configured(self.settings, grid_mode, max_slices, resize, template)
 
     def plan(self, image: Image.Image) -> SlicePlan:
         """How an RGB `image` is cut."""
@@ -250,12 +259,18 @@ class Pipeline:
 
 
 def configured(
-    settings: Settings, grid_mode: str | None, max_slices: int | None, resize: int | Keep | None
+    settings: Settings,
+    grid_mode: str | None,
+    max_slices: int | None,
+    resize: int | Keep | None,
+    template: str | None = None,
 ) -> Settings:
     """`settings` with what is given in its place. Raises UhdError where it is out of range."""
     if grid_mode is not None and grid_mode not in GRID_MODES:
         raise UhdError(f"grid mode {grid_mode!r}: must be one of {', '.join(GRID_MODES)}")
-    changes: dict[str, Any] = {"grid_mode": grid_mode, "max_slices": max_slices}
+    if template is not None and template not in TEMPLATES:
+        raise UhdError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
+    changes: dict[str, Any] = {"grid_mode": grid_mode, "max_slices": max_slices, "template": template}
     changes = {name: value for name, value in changes.items() if value is not None}
     if not isinstance(resize, Keep):
         changes["resize"] = resize

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from uhd_export.checkpoint.fields import optional, positive, read_json, size
+from uhd_export.checkpoint.fields import optional, positive, read_json, shown, size
 from uhd_export.checkpoint.language_config import language_config, layer_count
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
@@ -67,6 +67,7 @@ def read_config(folder: Path, options: SourceOptions | None = None) -> Checkpoin
     path = folder / "generation_config.json"
     generating = read_json(path) if path.is_file() else None
     parsed = parse_config(raw, tower, generating, layout=options.layout, mask=options.mask)
+    parsed = replace(parsed, template=options.template or parsed.template)
     if not has_tokenizer(folder):
         return parsed
     vocab = min(parsed.language.vocab, vocabulary_size(checkpoint_tokenizer(folder)))
@@ -136,7 +137,9 @@ def _vision(config: dict, tower: dict) -> VisionConfig:
     tower = optional(tower, "vision_config", dict, tower, where)
     activation = optional(tower, "hidden_act", str, "quick_gelu", where)
     if activation != "quick_gelu":
-        raise UhdError(f"{where} field hidden_act: {activation!r} is not supported; expected 'quick_gelu'")
+        raise UhdError(
+            f"{where} field hidden_act: {shown(activation)} is not supported; expected 'quick_gelu'"
+        )
     hidden, heads = size(tower, "hidden_size", where=where), size(tower, "num_attention_heads", where=where)
     if hidden % heads:
         raise UhdError(f"{where} field num_attention_heads: {heads} does not divide hidden_size {hidden}")

@@ -30,7 +30,7 @@ def optional(config: dict, field: str, kind: Kind, default: Any, where: str = "c
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UhdError(f"{where} field {field}: {_short(value)} has the wrong type")
+        raise UhdError(f"{where} field {field}: {shown(value)} has the wrong type")
     return value
 
 
@@ -73,7 +73,7 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> None:
         raise UhdError(f"{name} {value!r}: must be one of {names}")
 
 
-def _short(value: object) -> str:
+def shown(value: object) -> str:
     """`value` as it can be shown in one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
 """The language model's part of a config: LLaMA and Qwen2 decoders."""
 
-from uhd_export.checkpoint.fields import optional, positive, required, size
+from uhd_export.checkpoint.fields import optional, positive, required, shown, size
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 
@@ -21,7 +21,7 @@ def language_config(config: dict, generating: dict) -> LanguageConfig:
     }
     if model_type not in kinds:
         raise UhdError(
-            f"config field model_type: {model_type!r} is not supported; expected one of {', '.join(kinds)}"
+            f"config field model_type: {shown(model_type)} is not supported; expected {', '.join(kinds)}"
         )
     kind = kinds[model_type]
     if optional(config, "attention_bias", bool, False) and kind == "llama":

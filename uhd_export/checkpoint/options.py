@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uhd_export.checkpoint.fields import choice
-from uhd_export.runtime.choices import GRID_MODES, LAYOUTS, ROI_ROUNDINGS
+from uhd_export.runtime.choices import GRID_MODES, LAYOUTS, ROI_ROUNDINGS, TEMPLATES
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import MAX_SLICES
 
@@ -17,18 +17,21 @@ class SourceOptions:
     """How a checkpoint is read where it does not say so itself, or says it wrongly; None: as it says.
 
     `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id that
-    replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask.
+    replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask; `template` the
+    conversation template.
     """
 
     config: str | Path | None = None
     vision_tower: str | Path | None = None
     layout: str | None = None
     mask: int | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
         choice("layout", self.layout, (None, *LAYOUTS))
         choice("mask", self.mask, (None, *MASKS))
+        choice("template", self.template, (None, *TEMPLATES))
 
 
 @dataclass(frozen=True)

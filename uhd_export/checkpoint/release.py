@@ -2,7 +2,7 @@
 
 import json
 
-from uhd_export.checkpoint.fields import optional, required
+from uhd_export.checkpoint.fields import optional, required, shown
 from uhd_export.runtime.errors import UhdError
 
 # (feature_mode, model_mode, mm_projector_type) of each kind: its projector, windows an axis and release.
@@ -30,12 +30,12 @@ def projector_kind(config: dict) -> tuple[str, int, str]:
     for index, field, value in ((0, "feature_mode", feature_mode), (1, "model_mode", model_mode)):
         known = sorted({kind[index] for kind in _KINDS if kind[index]})
         if value is not None and value not in known:
-            raise UhdError(f"config field {field}: {value!r} is not supported; expected {' or '.join(known)}")
+            raise UhdError(f"config field {field}: {shown(value)}: expected {' or '.join(known)}")
     fitting = sorted({kind[2] for kind in _KINDS if kind[:2] == (feature_mode, model_mode)})
     if (feature_mode, model_mode) == (None, None) and any(name == kind[2] for kind in _KINDS):
-        raise UhdError(f"config field model_mode: missing; mm_projector_type {name!r} needs it")
+        raise UhdError(f"config field model_mode: missing; mm_projector_type {shown(name)} needs it")
     raise UhdError(
-        f"config field mm_projector_type: {name!r} is not supported; expected {' or '.join(fitting)}, "
+        f"config field mm_projector_type: {shown(name)} is not supported; expected {' or '.join(fitting)}, "
         "as LLaVA-UHD's checkpoints have"
     )
 
@@ -63,6 +63,6 @@ def refuse_other_functions(config: dict) -> None:
         value = optional(config, field, kind, expected)
         if value != expected:
             raise UhdError(
-                f"config field {field}: {value!r} is not supported; expected {json.dumps(expected)}, "
+                f"config field {field}: {shown(value)} is not supported; expected {json.dumps(expected)}, "
                 "or no such field"
             )

@@ -49,7 +49,7 @@ def whole_folder(folder: Path) -> Path:
 def download(name: str, patterns: list[str]) -> Path:
     """The local folder of hub id `name`, with the files that match `patterns`. Raises UhdError."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UhdError(f"checkpoint {name}: no such folder, and not a Hugging Face hub id (owner/name)")
+        raise UhdError(f"checkpoint {name[:200]}: no such folder, and not a Hugging Face hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -11,7 +11,15 @@ from uhd_export.calibration.options import MIN_SAMPLES, CalibrationOptions
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.cli.command import concern, option
 from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WEIGHTS, WeightOptions
-from uhd_export.runtime.choices import BACKENDS, DEVICES, GRID_MODES, GROUP_SIZES, LAYOUTS, ROI_ROUNDINGS
+from uhd_export.runtime.choices import (
+    BACKENDS,
+    DEVICES,
+    GRID_MODES,
+    GROUP_SIZES,
+    LAYOUTS,
+    ROI_ROUNDINGS,
+    TEMPLATES,
+)
 from uhd_export.runtime.image.slicing import MAX_SLICES
 
 if TYPE_CHECKING:
@@ -52,6 +60,12 @@ source_options = concern(
         "--mask",
         type=click.Choice(MASKS),
         help="feature_scale_mask; default: the config's.",
+        section=SOURCE,
+    ),
+    option(
+        "--template",
+        type=click.Choice(TEMPLATES),
+        help="How questions are put; default: by the language model.",
         section=SOURCE,
     ),
 )
@@ -220,6 +234,7 @@ class PipelineOptions:
     grid_mode: str | None = None
     max_slices: int | None = None
     resize: int | None = None
+    template: str | None = None
 
     def open(self, bundle: Path) -> "Pipeline":
         """The pipeline of `bundle`."""
@@ -265,5 +280,11 @@ pipeline_options = concern(
         section=IMAGES,
     ),
     option("--resize", type=COUNT, metavar="N", help="Longest side before slicing.", section=IMAGES),
+    option(
+        "--template",
+        type=click.Choice(TEMPLATES),
+        help="How questions are put; default: the bundle's.",
+        section=SOURCE,
+    ),
     *machine_options,
 )

@@ -124,6 +124,14 @@ def test_ids_that_end_a_text(eos, generating, ids):
     assert parse_config(config(eos_token_id=eos), TOWER, generating).language.eos == ids
 
 
+def test_the_template_may_be_chosen(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024)))
+    assert read_config(tmp_path).template == "vicuna_v1"
+    assert read_config(tmp_path, SourceOptions(template="qwen")).template == "qwen"
+    with pytest.raises(UhdError, match="template 'alpaca': must be one of vicuna_v1, llava_v1, plain, qwen"):
+        SourceOptions(template="alpaca")
+
+
 def test_the_generation_config_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config(mm_hidden_size=1024, eos_token_id=2)))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

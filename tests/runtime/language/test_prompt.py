@@ -3,6 +3,7 @@ from support.goldens import golden_json
 from support.refusals import one_line_error
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from uhd_export.runtime import choices
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.prompt import (
     FOLLOW_UPS,
@@ -34,6 +35,7 @@ def test_rendered_prompts_equal_the_released_ones(template):
 
 
 def test_templates_have_follow_ups():
+    assert tuple(TEMPLATES) == choices.TEMPLATES
     assert TEMPLATES.keys() == FOLLOW_UPS.keys()
     assert all("{question}" in text for text in (*TEMPLATES.values(), *FOLLOW_UPS.values()))
 
