@@ -1,5 +1,6 @@
 """A small ONNX graph builder: operators by name, weights read only while the file is written."""
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,13 @@ Attribute = str | int | float | Sequence[int] | Sequence[float]
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("uhd-export")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 class GraphBuilder:
     """Builds one graph, or one function body when `function` is set.
 
@@ -29,6 +37,7 @@ class GraphBuilder:
 
     def __init__(self, name: str, *, opset: int = OPSET, function: bool = False) -> None:
         self.name, self.opset, self._is_function = name, opset, function
+        self.metadata: dict[str, str] = {}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -163,6 +172,9 @@ class GraphBuilder:
             self._graph(),
             ir_version=IR_VERSION,
             producer_name="uhd-export",
+            producer_version=_version(),
+            doc_string=f"{self.name} of LLaVA-UHD, exported by uhd-export",
+            metadata_props=self.metadata,
             functions=list(self._functions.values()),
         )
 

@@ -13,16 +13,6 @@ def _rms(x, weight, epsilon):
     return (wide / scale * weight.astype(np.float32)).astype(x.dtype)
 
 
-class SimplifiedLayerNormalization(OpRun):
-    """RMS norm over the last axis, statistics in float32."""
-
-    op_domain = ""
-
-    def _run(self, x, weight, axis=-1, epsilon=1e-5, stash_type=1):
-        assert axis == -1 and stash_type == 1
-        return (_rms(x, weight, epsilon),)
-
-
 class SkipSimplifiedLayerNormalization(OpRun):
     """RMS norm of a sum, and the sum as the fourth output."""
 
@@ -72,4 +62,4 @@ class GroupQueryAttention(OpRun):
         return out, present_k, present_v
 
 
-CONTRIB_OPS = [SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization, GroupQueryAttention]
+CONTRIB_OPS = [SkipSimplifiedLayerNormalization, GroupQueryAttention]

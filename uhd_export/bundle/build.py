@@ -18,6 +18,7 @@ from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.graph.inline import inline_functions
 from uhd_export.graph.int4.choose import linear_format, resolve
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.graph.language import check_context, emit_language
@@ -160,6 +161,8 @@ def _write_parts(
             dtype=options.precision,
             progress=bar.set,
         )
+    if options.inline:
+        inline_functions(folder / VISION)
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(
             config.language,

@@ -7,6 +7,7 @@ from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.runtime.choices import DTYPES
+from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
     from uhd_export.tensorrt.options import EngineOptions
@@ -17,8 +18,9 @@ class BuildOptions:
     """How a checkpoint is read, cut images are encoded, weights are stored and engines are built.
 
     `engines` None makes a bundle for ONNX Runtime. `dtype` is the type of weights and activations, float32
-    or float16 (None: float16 for engines, else float32). `fold` folds the projector exactly. `context` is
-    the number of positions of the key-value cache (None: the model's).
+    or float16 (None: float16 for engines, else float32). `fold` folds the projector exactly. `inline`
+    writes function bodies inline, for readers of ONNX without functions. `context` is the number of
+    positions of the key-value cache (None: the model's).
     """
 
     reading: SourceOptions = field(default_factory=SourceOptions)
@@ -27,11 +29,14 @@ class BuildOptions:
     engines: "EngineOptions | None" = None
     dtype: str | None = None
     fold: bool = True
+    inline: bool = False
     context: int | None = None
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
         choice("dtype", self.dtype, (None, *DTYPES))
+        if self.inline and self.engines is not None:
+            raise UhdError("--inline: is for --backend onnxruntime; engines are built from functions")
 
     @property
     def backend(self) -> str:

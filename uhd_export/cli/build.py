@@ -45,6 +45,7 @@ _QUESTIONS = 50
     "options",
     BuildOptions,
     option("--fold/--no-fold", default=True, help="Fold the projector exactly.", section=WEIGHT),
+    option("--inline", is_flag=True, help="No functions in the graphs, as OpenVINO needs.", section=WEIGHT),
     option(
         "--dtype",
         type=click.Choice(DTYPES),

@@ -114,13 +114,7 @@ class OnnxRuntimeDialect(Dialect):
         """One fused node; statistics are float32 whatever the type (stash_type)."""
         weight = self._norm_weight(name, self.dtype)
         return self.builder.op(
-            "SimplifiedLayerNormalization",
-            x,
-            weight,
-            axis=-1,
-            epsilon=self.config.eps,
-            stash_type=1,
-            name=name,
+            "RMSNormalization", x, weight, axis=-1, epsilon=self.config.eps, stash_type=1, name=name
         )
 
     def add_norm(self, x: ir.Value, update: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:

@@ -51,6 +51,12 @@ def emit_language(
     check_context(config, context)
     source = TensorSource(tensors)
     graph = DIALECTS[dialect](config, source, DTYPES[dtype], context)
+    graph.builder.metadata = {
+        "dtype": dtype,
+        "dialect": dialect,
+        "decoder": config.kind,
+        "context": str(context),
+    }
     _emit(graph, linear or Dense())
     return _save(graph, Path(path), progress)
 

@@ -44,6 +44,13 @@ def emit_vision(
     computation.
     """
     b = GraphBuilder("vision")
+    projector = config.projector
+    b.metadata = {
+        "dtype": dtype,
+        "projector": projector.kind,
+        "levels": ",".join(map(str, projector.levels)),
+        "folded": str(fold and projector.kind == "hiwin").lower(),
+    }
     kind = DTYPES[dtype]
     pixels = b.input("pixels", ir.DataType.FLOAT, ["batch", 3, "height", "width"])
     geometry = {}
