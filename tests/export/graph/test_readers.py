@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from golden import recipe
-from support.tiny_language import MODELS, reader, tiny_model
+from support.tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.options import SourceOptions
@@ -87,3 +87,17 @@ def test_openvino_reads_the_inlined_graph(both):
     compiled = openvino.Core().compile_model(inlined, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     actual = compiled(inputs)[0]
     assert np.linalg.norm(actual - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_openvino_runs_the_language_graph(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model, embeds = tiny_model(*MODELS[1]), embeddings(40)
+    path = emit_language(model.config, reader(model), tmp_path / "language.onnx")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    cache = np.zeros((1, model.config.kv_heads, CONTEXT, model.config.head_size), np.float32)
+    feeds = {
+        name: cache for i in range(2) for name in (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+    }
+    feeds |= {"inputs_embeds": embeds, "seqlens_k": np.array([39], np.int32)}
+    logits = compiled(feeds | {"total_sequence_length": np.array(40, np.int32)})["logits"]
+    assert difference(logits[0, 0], reference(model, embeds)[-1]) < 1e-4
