@@ -14,7 +14,7 @@ from PIL import Image
 from uhd_export.bundle.staging import output_errors, staged_folder
 from uhd_export.calibration.accuracy import measure_accuracy
 from uhd_export.calibration.chart import draw_report
-from uhd_export.calibration.data import Pair, card_pairs, read_pairs, without_duplicates
+from uhd_export.calibration.data import card_pairs, without_duplicates
 from uhd_export.calibration.estimate import require_memory
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, Run
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
@@ -36,6 +36,7 @@ from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.graph.int4.view import RoundedView
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Quantization
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.pairs import Pair, read_pairs
 from uhd_export.runtime.progress import progress_bar
 from uhd_export.runtime.settings import Settings
 

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer
 
 from uhd_export.calibration.activations import Activations
-from uhd_export.calibration.data import Pair
 from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
@@ -18,6 +17,7 @@ from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pixels import open_image
 from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.pairs import Pair
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
 from uhd_export.runtime.settings import Settings
 

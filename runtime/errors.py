@@ -36,6 +36,8 @@ _NO_SPACE = re.compile(r"no space left|os error 28|\d+ requested and \d+ written
 _EXTRAS = {
     **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir"), "export"),
     "onnxruntime": "cpu",
+    "ray": "cluster",
+    **dict.fromkeys(("fastapi", "httpcore", "prometheus_client", "sse_starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("safetensors", "sentencepiece", "torch"), "export"),
     "triton": "tensorrt-rtx",
 }

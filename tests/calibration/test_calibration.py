@@ -11,7 +11,7 @@ from PIL import Image
 
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.chart import draw_report
-from uhd_export.calibration.data import Pair, Turn, card_pairs, read_pairs
+from uhd_export.calibration.data import card_pairs
 from uhd_export.calibration.estimate import estimate_memory, require_memory
 from uhd_export.calibration.layers import GROUPS, LayerRunner, load_layer
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions
@@ -35,6 +35,7 @@ from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.nano.tokenizer import build_tokenizer
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.pairs import Pair, Turn, read_pairs
 from uhd_export.runtime.language.prompt import IMAGE_ID
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from uhd_export import load_model
 from uhd_export.calibration.activations import Activations
-from uhd_export.calibration.data import Pair, Turn
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.calibration.quality import Report, output_error
@@ -38,6 +37,7 @@ from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.pairs import Pair, Turn
 
 try:
     importlib.metadata.version("gptqmodel")

@@ -7,15 +7,41 @@ import click
 
 from uhd_export.cli.command import Command, option
 from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, json_option, pipeline_options
+from uhd_export.cli.serving import SlotOptions, slot_options
+from uhd_export.runtime.errors import UhdError
 
 
 @click.command("eval", cls=Command)
 @bundle_argument
-@option("--count", default=200, type=COUNT, metavar="N", help="Held-out images.")
+@option("--data", type=click.Path(path_type=Path), help="JSONL with answers; default: card images.")
+@option("--image-root", type=click.Path(path_type=Path), help="Where its paths start; default: its folder.")
+@option("--compare", type=click.Path(path_type=Path), metavar="BUNDLE", help="Ask another one too.")
+@option("--max-new-tokens", "tokens", default=64, type=COUNT, metavar="N", help="Longest answer to --data.")
+@option("--count", type=COUNT, metavar="N", help="Questions; default: all of --data, or 200 card images.")
+@slot_options
 @pipeline_options
 @json_option
-def evaluate(bundle: Path, count: int, opening: PipelineOptions, as_json: bool) -> None:
-    """Measure exact answers on images of cards with codes, which nano was trained to read."""
+def evaluate(
+    bundle: Path,
+    data: Path | None,
+    image_root: Path | None,
+    compare: Path | None,
+    tokens: int,
+    count: int | None,
+    slots: SlotOptions,
+    opening: PipelineOptions,
+    as_json: bool,
+) -> None:
+    """Measure answers to one's own questions, or exact ones on images of cards, which nano learnt to read."""
+    if data is not None:
+        _evaluate_data(bundle, data, image_root, compare, tokens, count, slots, opening, as_json)
+    elif compare is not None or image_root is not None:
+        raise UhdError("--compare and --image-root: need --data, the questions")
+    else:
+        _evaluate_cards(bundle, count or 200, opening, as_json)
+
+
+def _evaluate_cards(bundle: Path, count: int, opening: PipelineOptions, as_json: bool) -> None:
     from uhd_export.nano.evaluate import evaluate as ask_all
     from uhd_export.runtime.progress import progress_bar
     from uhd_export.runtime.terminal import report
@@ -32,3 +58,34 @@ def evaluate(bundle: Path, count: int, opening: PipelineOptions, as_json: bool) 
     click.echo(f"{result.exact} of {result.total} answers exact: {result.accuracy:.1%}")
     for miss in result.misses[:5]:
         click.echo(f"  image {miss.index}: {miss.question} {miss.expected}, answered {miss.got!r}")
+
+
+def _evaluate_data(
+    bundle: Path,
+    data: Path,
+    image_root: Path | None,
+    compare: Path | None,
+    tokens: int,
+    count: int | None,
+    slots: SlotOptions,
+    opening: PipelineOptions,
+    as_json: bool,
+) -> None:
+    from uhd_export.runtime.language.pairs import read_pairs
+    from uhd_export.runtime.progress import progress_bar
+    from uhd_export.runtime.serving.evaluation import report
+    from uhd_export.runtime.serving.evaluation.evaluate import compare as compare_two
+    from uhd_export.runtime.serving.evaluation.evaluate import evaluate_pairs
+    from uhd_export.runtime.terminal.report import print_json
+
+    pairs = read_pairs(data, image_root)[:count]
+    found = {}
+    for one in (bundle, compare):
+        if one is not None:
+            with slots.open(one, opening) as service, progress_bar(one.name, len(pairs)) as bar:
+                found[one] = evaluate_pairs(service, pairs, max_tokens=tokens, on_pair=bar.set)
+    comparison = None if compare is None else compare_two(found[bundle], found[compare])
+    if as_json:
+        print_json(report.describe(bundle, found[bundle], compare, found.get(compare), comparison))
+    else:
+        report.show(bundle, found[bundle], compare, found.get(compare), comparison)

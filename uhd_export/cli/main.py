@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from uhd_export.cli.batch import batch
 from uhd_export.cli.build import build
 from uhd_export.cli.check import check
 from uhd_export.cli.command import Command, debug_option
@@ -25,6 +26,7 @@ from uhd_export.cli.plan import plan
 from uhd_export.cli.profile import profile
 from uhd_export.cli.quantize import quantize
 from uhd_export.cli.run import run
+from uhd_export.cli.serve import serve
 from uhd_export.runtime.errors import explain
 from uhd_export.runtime.interrupts import handle_interrupts, was_interrupt
 
@@ -95,5 +97,5 @@ def main() -> None:
     """Export LLaVA-UHD v2 to engines for one GPU, and run them."""
 
 
-for command in (build, quantize, run, plan, inspect, check, evaluate, profile):
+for command in (build, quantize, run, serve, batch, plan, inspect, check, evaluate, profile):
     main.add_command(command)

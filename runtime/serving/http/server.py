@@ -1,12 +1,15 @@
 """The application on a socket, by uvicorn."""
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from uhd_export.runtime.errors import UhdError
 
 HEADER_SECONDS = 10.0
 
@@ -70,3 +73,20 @@ def make_server(
         **{"access_log": False, "log_level": "warning", **options},
     )
     return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; `port` 0 is a free one. Raises UhdError where it cannot."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UhdError(f"--host {host}: {error.strerror or error}; give an address of this machine") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise UhdError(f"--host {host} --port {port}: {error.strerror}; give another") from None
+    return listening

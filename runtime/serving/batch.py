@@ -1,0 +1,158 @@
+"""A file of questions: answers by line, each written whole, so that a run goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.pairs import numbered_lines, parse_pair
+from uhd_export.runtime.serving.choice import Choosing
+from uhd_export.runtime.serving.service import Service
+from uhd_export.runtime.serving.work import Answered, Failed, all_busy, answer_pair
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """`max_tokens` of an answer; `retry` asks again what failed before."""
+
+    max_tokens: int | None = 256
+    choosing: Choosing = field(default_factory=Choosing)
+    image_root: Path | None = None
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How many lines are answered, how many failed, and how many of all were there before."""
+
+    answered: int
+    failed: int
+    before: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the questions: its number, its name in errors, and its text."""
+
+    number: int
+    where: str
+    text: str
+
+
+def answer_file(
+    service: Service,
+    questions: Path,
+    output: Path,
+    options: BatchOptions,
+    on_line: Callable[[int, int], None] = lambda done, total: None,
+) -> BatchResult:
+    """Answer the pairs of `questions` (see `read_pairs`) into the JSONL file `output`.
+
+    Each line of it tells which line it answers; what cannot be answered has an `error` and stops nothing.
+    Lines of an unfinished `output` stay and are not asked again. Raises UhdError where `output` answers
+    other questions, or with other options.
+    """
+    lines = [Line(*line) for line in numbered_lines(questions)]
+    run = run_digest(service, options)
+    before = read_answers(output, {line.number: line.text for line in lines}, run)
+    if options.retry:
+        before = {number: record for number, record in before.items() if "error" not in record}
+        rewrite(output, before)
+    failed = sum("error" in record for record in before.values())
+    done = len(before)
+    on_line(done, len(lines))
+    todo = (line for line in lines if line.number not in before)
+
+    def ask(line: Line) -> list[Answered]:
+        return answer_line(service, line, questions, options)
+
+    with output.open("ab", buffering=0) as file:
+        for line, result in all_busy(
+            service, todo, lambda line: answer_line(service, line, questions, options)
+        ):
+            record = {"line": line.number, "of": digest(line.text), "run": run, **describe(result)}
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())  # in one call: whole or torn
+            failed += isinstance(result, Failed)
+            done += 1
+            on_line(done, len(lines))
+        os.fsync(file.fileno())
+    return BatchResult(done - failed, failed, len(before))
+
+
+def answer_line(service: Service, line: Line, questions: Path, options: BatchOptions) -> list[Answered]:
+    """The answers to a line's turns. Raises Failed."""
+    root = options.image_root or questions.parent
+    try:
+        pair = parse_pair(line.text, line.where, root)
+    except UhdError as error:
+        raise Failed(str(error)) from None
+    return answer_pair(service, pair, max_tokens=options.max_tokens, choosing=options.choosing)
+
+
+def describe(result: list[Answered] | Failed) -> dict[str, Any]:
+    """What a line of the output says of its answers; one turn's `answer`, several turns' `answers`."""
+    if isinstance(result, Failed):
+        return {"error": str(result)}
+    texts = [answered.text for answered in result]
+    last = result[-1].summary
+    return {
+        **({"answer": texts[0]} if len(texts) == 1 else {"answers": texts}),
+        "finish_reason": last.reason,
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": sum(answered.summary.completion_tokens for answered in result),
+    }
+
+
+def digest(text: str) -> str:
+    """What tells a line from an edited one."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def run_digest(service: Service, options: BatchOptions) -> str:
+    """What tells runs apart whose answers may differ: the bundle's weights, and how it is asked."""
+    files = sorted((name, record.sha256) for name, record in service.manifest.files.items())
+    return digest(repr((files, service.settings, service.context, options.max_tokens, options.choosing)))
+
+
+def read_answers(output: Path, lines: dict[int, str], run: str) -> dict[int, dict[str, Any]]:
+    """What `output` holds already, by line; a line that was cut off when it was written is dropped."""
+    if not output.exists():
+        return {}
+    content = output.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(output, whole)
+    records: dict[int, dict[str, Any]] = {}
+    for record in _records(content[:whole], output):
+        number = record.get("line")
+        if not isinstance(number, int) or number not in lines or record.get("of") != digest(lines[number]):
+            raise UhdError(f"{output}: answers other questions; remove it, or give another -o")
+        if record.get("run") != run:
+            raise UhdError(
+                f"{output}: was made from another bundle or with other options; remove it, or give another -o"
+            )
+        records[number] = record
+    return records
+
+
+def rewrite(output: Path, records: dict[int, dict[str, Any]]) -> None:
+    """Write `records` alone, so that `output` is whole or as it was."""
+    from uhd_export.runtime.files import write_file
+
+    write_file(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
+
+
+def _records(content: bytes, output: Path) -> Iterator[dict[str, Any]]:
+    for line in content.split(b"\n"):
+        if line:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise UhdError(f"{output}: holds other things than answers; give another -o")
+            yield record

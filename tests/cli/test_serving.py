@@ -1,0 +1,102 @@
+"""The commands that answer many questions: serve as a process, batch and eval in this one."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+
+@pytest.fixture
+def questions(tmp_path, image_file):
+    """Two questions about an image, with answers."""
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"image": image_file.name, "question": question, "answer": answer}
+        for question, answer in (("what", "it"), ("why", "so"))
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_batch_answers_a_file_and_goes_on(call, golden_bundle, questions, image_file, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    arguments = ("batch", golden_bundle, questions, "-o", output, "--image-root", image_file.parent)
+    options = ("--max-new-tokens", 3, "--slots", 2, "--threads", 1)
+    done = call(*arguments, *options)
+    assert done.exit_code == 0 and done.stdout == f"{output}: 2 lines\n", done.output
+    again = call(*arguments, *options)
+    assert again.stdout == f"{output}: 2 lines, 2 of them before\n"
+    assert {json.loads(line)["line"] for line in output.read_text().splitlines()} == {1, 2}
+
+
+def test_batch_refuses_in_one_line(fails, golden_bundle, questions, tmp_path):
+    assert "no such file" in fails("batch", golden_bundle, tmp_path / "no.jsonl", "-o", tmp_path / "a")
+    (tmp_path / "a").write_text("{}\n")
+    assert "answers other questions" in fails("batch", golden_bundle, questions, "-o", tmp_path / "a")
+
+
+def test_eval_compares_two_bundles_on_data(call, golden_bundle, questions, image_file):
+    arguments = ("eval", golden_bundle, "--data", questions, "--image-root", image_file.parent)
+    options = ("--max-new-tokens", 3, "--threads", 1)
+    facts = json.loads(call(*arguments, *options, "--json").stdout)
+    assert facts["measures"]["exact"]["count"] == 2 and len(facts["questions"]) == 2
+    done = call(*arguments, *options, "--compare", golden_bundle)
+    assert done.exit_code == 0, done.output
+    for text in (
+        "exact match",
+        "ANLS",
+        "relaxed accuracy",
+        "VQA accuracy",
+        "0 better, 0 worse",
+        "+0.0 to +0.0",
+    ):
+        assert text in done.stdout
+
+
+def test_eval_asks_for_data(fails, golden_bundle):
+    assert "need --data" in fails("eval", golden_bundle, "--compare", golden_bundle)
+
+
+def test_serve_answers_until_it_is_told_to_end(golden_bundle):
+    command = [
+        sys.executable,
+        "-m",
+        "uhd_export",
+        "serve",
+        str(golden_bundle),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        address = line.partition(": ")[0]
+        assert address.startswith("http://127.0.0.1:") and "4 slots of" in line
+        deadline = time.monotonic() + 10
+        body = {"messages": [{"role": "user", "content": "why"}], "max_tokens": 2}
+        while True:
+            try:
+                answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
+                break
+            except httpx.ConnectError:
+                assert time.monotonic() < deadline
+        assert answer.status_code == 200, answer.text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, process.stderr.read()
+        assert process.stderr.read() == ""
+
+
+def test_serve_refuses_in_one_line(fails, golden_bundle, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: Address already in use" in fails("serve", golden_bundle, "--port", port)
+    assert "an empty key" in fails("serve", golden_bundle, "--api-key", "")
+    assert "context 99999999" in fails("serve", golden_bundle, "--port", 0, "--context", 99999999)
+    assert "no manifest.json" in fails("serve", tmp_path, "--port", 0)
+    assert "GB are needed" in fails("serve", golden_bundle, "--port", 0, "--slots", 10_000_000)

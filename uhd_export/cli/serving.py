@@ -1,0 +1,68 @@
+"""Options of the commands that answer many questions at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from uhd_export.cli.command import concern, option
+from uhd_export.cli.options import COUNT
+
+if TYPE_CHECKING:
+    from uhd_export.cli.options import PipelineOptions
+    from uhd_export.runtime.serving.service import Service
+
+SERVING = "Serving"
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """How many answers at a time, and what is kept between them."""
+
+    slots: int
+    image_cache: int
+    waiting: int | None = None
+
+    def open(self, bundle: Path, opening: "PipelineOptions") -> "Service":
+        """A service of `bundle`."""
+        from uhd_export.runtime.progress import status
+        from uhd_export.runtime.serving.scheduler import Limits
+        from uhd_export.runtime.serving.service import Service, ServiceOptions
+
+        slicing: dict[str, Any] = {"grid_mode": opening.grid_mode, "max_slices": opening.max_slices}
+        if opening.resize is not None:
+            slicing["resize"] = opening.resize
+        limits = Limits(waiting=self.waiting or 2 * self.slots)
+        options = ServiceOptions(self.slots, opening.context, self.image_cache << 20, limits)
+        with status("opening the bundle"):
+            return Service.open(
+                bundle, options, device=opening.device, threads=opening.threads, slicing=slicing
+            )
+
+
+_slot_options = (
+    option("--slots", default=4, type=COUNT, metavar="N", help="Answers at a time.", section=SERVING),
+    option(
+        "--image-cache",
+        default=256,
+        type=click.IntRange(0),
+        metavar="MIB",
+        help="Encoded images that are kept.",
+        section=SERVING,
+    ),
+)
+slot_options = concern("slots", SlotOptions, *_slot_options)
+line_options = concern(
+    "slots",
+    SlotOptions,
+    *_slot_options,
+    option(
+        "--waiting",
+        default=64,
+        type=COUNT,
+        metavar="N",
+        help="Most requests without a slot; more are answered 429.",
+        section=SERVING,
+    ),
+)
