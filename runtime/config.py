@@ -110,7 +110,7 @@ class ModelConfig:
         return crop_geometry(
             rows,
             cols,
-            levels=self.projector.scales,
+            levels=self.projector.levels,
             grid_mode=grid_mode,
             side=self.projector.side,
             table=self.vision.table,

@@ -11,7 +11,6 @@ from rich.table import Table
 from uhd_export.runtime.choices import LAYOUTS
 from uhd_export.runtime.config import ModelConfig, official
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import Separators, indicator_tokens, visual_token_count
 from uhd_export.runtime.image.slicing import SlicePlan
 from uhd_export.runtime.profiling.costs import (
@@ -70,7 +69,7 @@ def _refused(plan: SlicePlan, config: ModelConfig, mode: str) -> str | None:
     """Why the model cannot run the crops, in the words it would use; None where it can."""
     try:
         for rows, cols in set(plan.patch_grids):
-            crop_geometry(rows, cols, levels=config.projector.scales, grid_mode=mode)
+            config.geometry(rows, cols, grid_mode=mode)
     except UhdError as error:
         return str(error)
     return None

@@ -40,8 +40,9 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
         shape = self._file(name).shape(name)
-        cut = self.vocab is not None and name in _VOCABULARY and len(shape) == 2
-        return (min(shape[0], self.vocab), *shape[1:]) if cut else shape
+        if self.vocab is None or name not in _VOCABULARY or len(shape) != 2:
+            return shape
+        return (min(shape[0], self.vocab), *shape[1:])
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`, converted to `dtype` where given. Raises UhdError where it is missing."""

@@ -28,7 +28,7 @@ def projector_kind(config: dict) -> tuple[str, int, str]:
     if found is not None:
         return found
     for index, field, value in ((0, "feature_mode", feature_mode), (1, "model_mode", model_mode)):
-        known = sorted({kind[index] for kind in _KINDS if kind[index]})
+        known = sorted(name for name in {kind[index] for kind in _KINDS} if name)
         if value is not None and value not in known:
             raise UhdError(f"config field {field}: {shown(value)}: expected {' or '.join(known)}")
     fitting = sorted({kind[2] for kind in _KINDS if kind[:2] == (feature_mode, model_mode)})

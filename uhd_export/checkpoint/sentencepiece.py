@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from uhd_export.runtime.errors import UhdError
 
@@ -32,7 +33,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:

@@ -6,7 +6,6 @@ grid mode. Node names start with `vit/`, `jbu/` or `hiwin/`, which is how profil
 
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,7 +19,6 @@ from uhd_export.model.folding import fold as fold_weights
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.plugins.jbu.onnx_op import add_jbu
-from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.progress import Progress
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -54,7 +52,7 @@ def emit_vision(
     kind = DTYPES[dtype]
     pixels = b.input("pixels", ir.DataType.FLOAT, ["batch", 3, "height", "width"])
     geometry = {}
-    for name, matrix in _geometry(config).items():
+    for name, matrix in config.model.geometry(24, 24).items():
         shape = [f"{name}_{i}" for i in range(matrix.ndim)]
         geometry[name] = b.input(name, ir.DataType.FLOAT, shape)
     if kind != ir.DataType.FLOAT:
@@ -81,12 +79,6 @@ def emit_vision(
         tokens, "tokens", ir.DataType.FLOAT, ["batch", config.projector.side**2, config.projector.hidden]
     )
     b.save(path, progress)
-
-
-def _geometry(config: CheckpointConfig) -> dict[str, np.ndarray]:
-    """Geometry of some crop, for the names and ranks of the inputs."""
-    projector = config.projector
-    return crop_geometry(24, 24, levels=projector.levels, side=projector.side, table=config.vision.table)
 
 
 def _fold(config: CheckpointConfig, checkpoint: Checkpoint) -> FoldedProjector:

@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable
 
 from uhd_export.checkpoint.config import CheckpointConfig
+from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.engines.tensorrt.record import OptimizationProfile, Shape, ShapeRange
 from uhd_export.runtime.image.encoder import MAX_BATCH, PIXELS
-from uhd_export.runtime.image.geometry import GRID_MODES, bin_grid, crop_geometry
+from uhd_export.runtime.image.geometry import bin_grid
 from uhd_export.runtime.image.slicing import PATCH, SCALE_RESOLUTION
 from uhd_export.runtime.language.decoder import EMBEDS
 
@@ -105,12 +106,9 @@ def _name(grid: Grid) -> str:
 
 def _shapes(config: CheckpointConfig, rows: int, cols: int, batch: int) -> dict[str, Shape]:
     """Shapes of the vision graph's inputs for `batch` crops of rows x cols patches."""
-    vision, projector = config.vision, config.projector
-    geometry = crop_geometry(
-        rows, cols, levels=projector.levels, side=projector.side, table=vision.table, patch=vision.patch
-    )
-    shapes = {name: tuple(matrix.shape) for name, matrix in geometry.items()}
-    return {PIXELS: (batch, 3, rows * vision.patch, cols * vision.patch), **shapes}
+    patch = config.vision.patch
+    shapes = {name: tuple(matrix.shape) for name, matrix in config.model.geometry(rows, cols).items()}
+    return {PIXELS: (batch, 3, rows * patch, cols * patch), **shapes}
 
 
 def _with_bins(shape: Shape, bins: int) -> Shape:
