@@ -384,8 +384,9 @@ def test_transformers_loads_the_language_model(quantized):
     ours = load_model(out, vision_tower=out / "clip").language
     embeds = torch.randn(1, 12, 256, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        error = theirs(inputs_embeds=embeds).logits - ours(embeds)
-    assert error.abs().max() < 0.03 * ours(embeds).abs().max()
+        logits = ours(embeds)  # of the tokenizer's tokens: padded rows are cut
+        error = theirs(inputs_embeds=embeds).logits[..., : logits.shape[-1]] - logits
+    assert error.abs().max() < 0.03 * logits.abs().max()
 
 
 def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ RIVALS = ("runtime/__init__.py", "plugins/__init__.py", "calibration/__init__.py
 # Python itself looks into the current folder with -m and -c; a console script and its children must not.
 SHADOWS = ("uhd_export/__init__.py", "click.py", "numpy.py")
 QUESTION = "What is the code on the red card?"
+BACKENDS = {"cpu", "cuda", "tensorrt-rtx", "tensorrt"}
 
 
 def files_below(*folders: str) -> set[str]:
@@ -174,15 +176,8 @@ def test_what_the_wheel_says_of_itself(wheel, metadata):
     versions = {name for name in metadata.get_all("Classifier") if name.startswith(python)}
     assert versions == {python + minor for minor in ("11", "12", "13")}
     assert "Typing :: Typed" in metadata.get_all("Classifier")
-    assert set(metadata.get_all("Provides-Extra")) == {
-        "cpu",
-        "cuda",
-        "tensorrt-rtx",
-        "tensorrt",
-        "export",
-        "gptq",
-        "dev",
-    }
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(metadata.get_all("Provides-Extra")) == set(extras) >= BACKENDS
     with zipfile.ZipFile(wheel) as archive:
         licence = next(name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()

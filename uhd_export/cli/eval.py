@@ -84,8 +84,9 @@ def _evaluate_data(
         if one is not None:
             with slots.open(one, opening) as service, progress_bar(one.name, len(pairs)) as bar:
                 found[one] = evaluate_pairs(service, pairs, max_tokens=tokens, on_pair=bar.set)
-    comparison = None if compare is None else compare_two(found[bundle], found[compare])
+    other = None if compare is None else found[compare]
+    comparison = None if other is None else compare_two(found[bundle], other)
     if as_json:
-        print_json(report.describe(bundle, found[bundle], compare, found.get(compare), comparison))
+        print_json(report.describe(bundle, found[bundle], compare, other, comparison))
     else:
-        report.show(bundle, found[bundle], compare, found.get(compare), comparison)
+        report.show(bundle, found[bundle], compare, other, comparison)
