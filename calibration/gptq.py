@@ -62,7 +62,7 @@ class Run:
         longest = max(max(activations.lengths) for activations in self.states.values())
         runner = LayerRunner(self.config, longest, self.batch)
         for index in range(self.next_layer, self.config.layers):
-            seen, rtn_errors = self._rounded(runner, index)
+            activations, rtn_errors = self._rounded(runner, index)
             layer = load_layer(self.checkpoint, self.config, index)
             tensors: dict[str, np.ndarray] = {}
             records: list[LinearQuality] = []
@@ -71,13 +71,13 @@ class Run:
                 dense = {name: linear(layer, name).weight for name in group}
                 for name, solved in self._solve(runner, layer, group, done).items():
                     values = torch.from_numpy(solved.weight.dequantize())
-                    error = output_error(seen[group[0]], dense[name], values)
+                    error = output_error(activations[group[0]], dense[name], values)
                     linear(layer, name).weight.data = values
                     done[name] = solved.weight
                     records.append(self._record(index, name, solved, rtn_errors[name], error))
                     parts = pack_gptq(solved.weight)
                     tensors |= {f"model.layers.{index}.{name}.{part}": a for part, a in parts.items()}
-                del dense, seen[group[0]]
+                del dense, activations[group[0]]
                 progress(index * len(GROUPS) + number, len(GROUPS) * self.config.layers)
             for state in (CALIBRATION, WITH_GPTQ):
                 runner.advance(layer, self.states[state])
@@ -89,11 +89,11 @@ class Run:
     def _rounded(self, runner: LayerRunner, index: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Held-out inputs of each group in the unquantized layer, and the errors of rounding its linears."""
         layer = load_layer(self.checkpoint, self.config, index)
-        caught: dict[str, list[torch.Tensor]] = {group[0]: [] for group in GROUPS}
+        captured: dict[str, list[torch.Tensor]] = {group[0]: [] for group in GROUPS}
         held = self.states[HELD_OUT]
         step = max(1, -(-sum(held.lengths) // ERROR_ROWS))
-        runner.advance(layer, held, lambda name, rows: caught[name].append(rows[::step].clone()))
-        seen = {name: torch.cat(parts) for name, parts in caught.items()}
+        runner.advance(layer, held, lambda name, rows: captured[name].append(rows[::step].clone()))
+        activations = {name: torch.cat(parts) for name, parts in captured.items()}
         errors = {}
         for group in GROUPS:
             for name in group:
@@ -102,10 +102,10 @@ class Run:
                     dense.numpy(), self.options.group_size, symmetric=self.options.symmetric
                 )
                 values = torch.from_numpy(rounded.dequantize())
-                errors[name] = output_error(seen[group[0]], dense, values)
+                errors[name] = output_error(activations[group[0]], dense, values)
                 dense.data = values
         runner.advance(layer, self.states[WITH_RTN])
-        return seen, errors
+        return activations, errors
 
     def _solve(
         self,

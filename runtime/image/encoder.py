@@ -25,7 +25,7 @@ class VisionEncoder:
     def __init__(self, engine: Engine, model: ModelConfig, *, roi_rounding: str = "exact") -> None:
         self.engine = engine
         self._model, self._roi_rounding = model, roi_rounding
-        self._wanted = engine.inputs.keys() - {PIXELS}
+        self._names = engine.inputs.keys() - {PIXELS}
         self._dtype = engine.inputs[PIXELS].dtype
         self.geometry = lru_cache(maxsize=32)(self._geometry)
 
@@ -77,8 +77,8 @@ class VisionEncoder:
 
     def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, NDArray[Any]]:
         available = self._model.geometry(rows, cols, grid_mode=grid_mode, roi_rounding=self._roi_rounding)
-        unknown = sorted(self._wanted - available.keys())
+        unknown = sorted(self._names - available.keys())
         if unknown:
             raise UhdError(f"vision engine: unknown inputs {', '.join(unknown)}; build the bundle again")
         inputs = self.engine.inputs
-        return {name: available[name].astype(inputs[name].dtype, copy=False) for name in self._wanted}
+        return {name: available[name].astype(inputs[name].dtype, copy=False) for name in self._names}

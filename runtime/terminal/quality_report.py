@@ -50,9 +50,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
             f"{model['agreement']:.1%} of {model['tokens']} generated tokens"
         )
     if report["accuracy"] is not None:
-        asked = report["accuracy"]["questions"]
-        exact = (f"{name} {count / asked:.1%}" for name, count in report["accuracy"]["exact"].items())
-        lines.append(f"exact answers of {asked} questions: {', '.join(exact)}")
+        questions = report["accuracy"]["questions"]
+        exact = (f"{name} {count / questions:.1%}" for name, count in report["accuracy"]["exact"].items())
+        lines.append(f"exact answers of {questions} questions: {', '.join(exact)}")
     fallbacks = report["fallbacks"]
     lines.append(f"rounded instead of GPTQ: {'; '.join(fallbacks) if fallbacks else 'none'}")
     return lines

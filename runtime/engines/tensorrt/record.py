@@ -103,15 +103,15 @@ class MemoryPlan:
 
 def plan_memory(record: EngineRecord) -> MemoryPlan:
     """The memory that an engine takes on the device."""
-    kept = set(record.aliases.values())
-    state = sum(_nbytes(record.inputs[name], {}) for name in kept)
+    state_names = set(record.aliases.values())
+    state = sum(_nbytes(record.inputs[name], {}) for name in state_names)
     transfers = {}
     for profile in record.profiles:
         sizes: dict[str, int] = {}
         for name, found in profile.ranges.items():
             dims = zip(record.inputs[name].shape, found.max, strict=True)
             sizes |= {dim: most for dim, most in dims if not dim.isdigit()}
-        tensors = [tensor for name, tensor in record.inputs.items() if name not in kept]
+        tensors = [tensor for name, tensor in record.inputs.items() if name not in state_names]
         tensors += [tensor for name, tensor in record.outputs.items() if name not in record.aliases]
         transfers[profile.name] = sum(_nbytes(tensor, sizes) for tensor in tensors)
     return MemoryPlan(record.weight_bytes, state, transfers)
