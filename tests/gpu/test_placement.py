@@ -64,7 +64,7 @@ def test_memory_is_taken_on_the_device_that_was_named(language, cuda):
         assert cuda.allocated(0) == before[0]
         assert cuda.allocated(1) - before[1] >= decoder.kv_bytes + engine.weight_bytes / 2
         for buffer in decoder._cache._buffers.values():
-            assert cuda.device_of(buffer.data_ptr()) == 1
+            assert cuda.device_of(buffer.memory.data_ptr()) == 1
     with pytest.raises(UhdError, match=r"^device cuda:7: there is no such GPU"):
         open_engine(language("float16"), device="cuda:7")
 
@@ -79,7 +79,8 @@ def test_products_are_not_rounded_and_memory_grows_by_what_is_asked_for(language
 def test_what_fails_on_the_device_is_one_line(language):
     with open_engine(language("float16"), device="cuda") as engine:
         feeds = {
-            n: np.zeros(i.resolve({"sequence": 3, "capacity": 8}), i.dtype) for n, i in engine.inputs.items()
+            n: np.zeros(i.resolve({"sequence": 3, "capacity": 8, "rows": 1}), i.dtype)
+            for n, i in engine.inputs.items()
         }
         feeds["past_key_values.0.key"] = feeds["past_key_values.0.key"][:, :, :4]
         with pytest.raises(UhdError, match="ONNX Runtime cannot run it on cuda"):

@@ -25,8 +25,9 @@ class SkipSimplifiedLayerNormalization(OpRun):
 
 
 class GroupQueryAttention(OpRun):
-    """Causal attention with rotary positions, of (1, S, heads * size), over a buffer as long as the cache.
+    """Causal attention with rotary positions over a buffer as long as the cache.
 
+    q, k and v come side by side as (1, S, (heads + 2 * kv_heads) * size); the inputs for k and v are empty.
     `seqlens_k` is the index of the last position; keys and values go to the positions that end there.
     """
 
@@ -35,6 +36,8 @@ class GroupQueryAttention(OpRun):
     def _run(
         self, q, k, v, past_k, past_v, seqlens_k, total, cos, sin, num_heads=1, kv_num_heads=1, do_rotary=0
     ):
+        assert k is None and v is None
+        q, k, v = np.split(q, np.array([num_heads, num_heads + kv_num_heads]) * past_k.shape[-1], axis=-1)
         assert do_rotary == 1 and int(total) == int(seqlens_k[0]) + 1
         length, stop = q.shape[1], int(total)
         start = stop - length

@@ -76,10 +76,11 @@ class Dialect(ABC):
         """(norm(x + update), x + update)."""
 
     @abstractmethod
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def attention(self, qkv: ir.Value) -> ir.Value:
         """The next layer's attention: rotates q and k, extends the cache, attends causally.
 
-        q is (1, S, heads * head_size), k and v (1, S, kv_heads * head_size), the result like q.
+        `qkv` is (rows, S, (heads + 2 * kv_heads) * head_size): q, k and v side by side. The result is
+        (rows, S, heads * head_size).
         """
 
     def declare_present(self) -> None:
@@ -132,14 +133,14 @@ class OnnxRuntimeDialect(Dialect):
         )
         return normed, total
 
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-        """One GroupQueryAttention node."""
+    def attention(self, qkv: ir.Value) -> ir.Value:
+        """One GroupQueryAttention node, which takes q, k and v as they are, side by side."""
         layer = len(self._present)
         out, key, value = self.builder.ops(
             "GroupQueryAttention",
-            q,
-            k,
-            v,
+            qkv,
+            None,
+            None,
             *self._past[layer],
             self._lengths,
             self._total,
@@ -204,14 +205,14 @@ class TensorRtDialect(Dialect):
         total = self.builder.op("Add", x, update)
         return self.norm(total, name), total
 
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def attention(self, qkv: ir.Value) -> ir.Value:
         """RotaryEmbedding, TensorScatter into the cache, and Attention over all of it."""
         builder, config, layer = self.builder, self.config, len(self._present)
         positions, mask = self._places
-        q, k, v = (
-            builder.op("Transpose", builder.reshape(x, (1, -1, heads, config.head_size)), perm=[0, 2, 1, 3])
-            for x, heads in ((q, config.heads), (k, config.kv_heads), (v, config.kv_heads))
-        )
+        counts = [config.heads, config.kv_heads, config.kv_heads]
+        heads = builder.reshape(qkv, (1, -1, sum(counts), config.head_size))
+        heads = builder.op("Transpose", heads, perm=[0, 2, 1, 3])
+        q, k, v = builder.ops("Split", heads, builder.constant(counts), axis=1, outputs=3)
         q, k = (builder.op("RotaryEmbedding", x, self._cos, self._sin, positions) for x in (q, k))
         key, value = (
             builder.op("TensorScatter", past, x, self._index, axis=2, mode="linear")

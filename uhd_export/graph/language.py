@@ -15,7 +15,15 @@ import onnx_ir as ir
 
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.dialects import DIALECTS, Dialect
-from uhd_export.graph.linear import Dense, Linear, LinearFormat, TensorReader, TensorSource
+from uhd_export.graph.linear import (
+    Dense,
+    Linear,
+    LinearFormat,
+    TensorReader,
+    TensorSource,
+    joint_name,
+    outputs_of,
+)
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import LOGITS
@@ -74,18 +82,28 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
     config, builder = graph.config, graph.builder
     width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
 
-    def project(x: ir.Value, name: str, inputs: int, outputs: int, bias: bool = False) -> ir.Value:
-        tensor = "model.embed_tokens.weight" if name == "lm_head" and config.tied else f"{name}.weight"
-        out = linear.emit(builder, x, Linear(name, tensor, inputs, outputs, graph.dtype, graph.source))
+    def project(x: ir.Value, inputs: int, *layers: tuple[str, int], bias: bool = False) -> ir.Value:
+        """One product for all `layers`, (name, outputs) each, that read the same x."""
+        linears = [
+            Linear(
+                name,
+                "model.embed_tokens.weight" if name == "lm_head" and config.tied else f"{name}.weight",
+                inputs,
+                outputs,
+                graph.dtype,
+                graph.source,
+            )
+            for name, outputs in layers
+        ]
+        out = linear.emit(builder, x, *linears)
         if not bias:
             return out
-        shape = (outputs,)
-        vector = builder.weight(
-            f"{name}.bias",
-            shape,
-            graph.dtype,
-            lambda: graph.source.load(f"{name}.bias", shape, graph.dtype),
-        )
+
+        def load() -> np.ndarray:
+            parts = (graph.source.load(f"{name}.bias", (size,), graph.dtype) for name, size in layers)
+            return np.concatenate(list(parts))
+
+        vector = builder.weight(f"{joint_name(linears)}.bias", (outputs_of(linears),), graph.dtype, load)
         return builder.op("Add", out, vector)
 
     x = graph.embeds
@@ -93,22 +111,23 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
     for i in range(config.layers):
         prefix = f"model.layers.{i}"
         attention, mlp, last = f"{prefix}.self_attn", f"{prefix}.mlp", i == config.layers - 1
-        q = project(normed, f"{attention}.q_proj", config.hidden, width, config.qkv_bias)
-        k = project(normed, f"{attention}.k_proj", config.hidden, kv_width, config.qkv_bias)
-        v = project(normed, f"{attention}.v_proj", config.hidden, kv_width, config.qkv_bias)
-        mixed = graph.attention(q, k, v)
+        sizes = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
+        layers = [(f"{attention}.{name}", size) for name, size in sizes.items()]
+        mixed = graph.attention(project(normed, config.hidden, *layers, bias=config.qkv_bias))
         if last:
             # Logits are wanted for the last position: nothing after the last attention needs the others.
             mixed, x = _last_position(graph, mixed), _last_position(graph, x)
-        update = project(mixed, f"{attention}.o_proj", width, config.hidden)
+        update = project(mixed, width, (f"{attention}.o_proj", config.hidden))
         normed, x = graph.add_norm(x, update, f"{prefix}.post_attention_layernorm")
-        gate = project(normed, f"{mlp}.gate_proj", config.hidden, config.intermediate)
-        up = project(normed, f"{mlp}.up_proj", config.hidden, config.intermediate)
+        pair = [(f"{mlp}.{name}", config.intermediate) for name in ("gate_proj", "up_proj")]
+        both = project(normed, config.hidden, *pair)
+        gate, up = builder.ops("Split", both, axis=-1, num_outputs=2, outputs=2)
         silu = builder.op("Mul", gate, builder.op("Sigmoid", gate))
-        update = project(builder.op("Mul", silu, up), f"{mlp}.down_proj", config.intermediate, config.hidden)
+        down = f"{mlp}.down_proj", config.hidden
+        update = project(builder.op("Mul", silu, up), config.intermediate, down)
         next_norm = "model.norm" if last else f"model.layers.{i + 1}.input_layernorm"
         normed, x = graph.add_norm(x, update, next_norm)
-    logits = project(normed, "lm_head", config.hidden, config.vocab)
+    logits = project(normed, config.hidden, ("lm_head", config.vocab))
     if graph.dtype != ir.DataType.FLOAT:
         logits = builder.op("Cast", logits, to=ir.DataType.FLOAT)
     builder.output(logits, LOGITS, ir.DataType.FLOAT, (graph.rows, 1, config.vocab), direct=True)

@@ -1,6 +1,6 @@
 """Linear layers of the language graph: where their tensors come from, and how a weight format writes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,32 +65,57 @@ class Linear:
 class LinearFormat(Protocol):
     """How the weights of linear layers are stored and multiplied.
 
-    `emit` is called once for each linear layer, in graph order, while the graph is described: it adds
-    nodes and declares weights on `builder`, and returns y, (..., linear.outputs) of `linear.dtype`, from
-    x, (..., linear.inputs). It must not read tensors at once: pass a function to `builder.weight`, which
-    calls it while the file is written, so that one tensor at a time is in memory. Weights are named
-    after `linear.name` ("NAME.weight", "NAME.scales"), nodes too ("NAME"), so that profiles and quality
-    reports find their layer. A format may delegate some names, such as "lm_head", to `Dense()`.
+    `emit` is called once for the linear layers that read the same x, in graph order, while the graph is
+    described: it adds nodes and declares weights on `builder`, and returns their y side by side, (..., sum
+    of outputs) of the layers' dtype, from x, (..., inputs). One product for all is what a GPU wants; where
+    a format can't join them, `apart` multiplies one by one. It must not read tensors at once: pass a function
+    to `builder.weight`, which calls it while the file is written, so that one tensor of the graph at a time
+    is in memory. Weights are named after `joint_name` ("NAME.weight", "NAME.scales"), nodes too ("NAME"), so
+    that profiles find their layer. A format may delegate some names, such as "lm_head", to `Dense()`.
 
     The same format object may be used for one dialect only where its operators exist in one only.
     """
 
-    def emit(self, builder: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
-        """The product of x with the layer's weight."""
+    def emit(self, builder: GraphBuilder, x: ir.Value, *linears: Linear) -> ir.Value:
+        """The product of x with the layers' weights."""
         ...
+
+
+def joint_name(linears: Sequence[Linear]) -> str:
+    """The name of layers that are one product: "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
+    return "+".join([linears[0].name, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
+
+
+def outputs_of(linears: Sequence[Linear]) -> int:
+    """Outputs of all layers together."""
+    return sum(linear.outputs for linear in linears)
+
+
+def apart(form: LinearFormat, builder: GraphBuilder, x: ir.Value, linears: Sequence[Linear]) -> ir.Value:
+    """The layers' products one by one, laid side by side."""
+    return builder.op("Concat", *(form.emit(builder, x, linear) for linear in linears), axis=-1)
 
 
 class Dense:
     """Plain weights of the activations' type, stored transposed, (inputs, outputs), for MatMul."""
 
-    def emit(self, builder: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
+    def emit(self, builder: GraphBuilder, x: ir.Value, *linears: Linear) -> ir.Value:
         """One MatMul."""
-        weight = builder.weight(
-            f"{linear.name}.weight",
-            (linear.inputs, linear.outputs),
-            linear.dtype,
-            lambda: linear.source.load(
-                linear.tensor, (linear.outputs, linear.inputs), linear.dtype, transpose=True
-            ),
-        )
-        return builder.op("MatMul", x, weight, name=linear.name)
+        name, shape, dtype = joint_name(linears), (linears[0].inputs, outputs_of(linears)), linears[0].dtype
+
+        def load() -> np.ndarray:
+            if len(linears) == 1:
+                return _transposed(linears[0])
+            out, column = np.empty(shape, dtype.numpy()), 0
+            for linear in linears:
+                out[:, column : column + linear.outputs] = _transposed(linear)
+                column += linear.outputs
+            return out
+
+        return builder.op("MatMul", x, builder.weight(f"{name}.weight", shape, dtype, load), name=name)
+
+
+def _transposed(linear: Linear) -> np.ndarray:
+    """The layer's weight as (inputs, outputs)."""
+    shape = linear.outputs, linear.inputs
+    return linear.source.load(linear.tensor, shape, linear.dtype, transpose=True)

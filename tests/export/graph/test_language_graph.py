@@ -104,8 +104,13 @@ def test_dense_weights_are_stored_transposed_and_only_once(tmp_path):
     model = tiny_model(*MODELS[1])
     path = emit_language(model.config, reader(model), tmp_path / "language.onnx")
     stored, tensors = initializers(path), dict(model.named_parameters())
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert np.array_equal(stored[name], tensors[name].T)
+    for prefix, names in (
+        ("model.layers.1.self_attn", ("q_proj", "k_proj", "v_proj")),
+        ("model.layers.1.mlp", ("gate_proj", "up_proj")),
+        ("model.layers.1.mlp", ("down_proj",)),
+    ):
+        joint = np.concatenate([tensors[f"{prefix}.{name}.weight"].T for name in names], axis=1)
+        assert np.array_equal(stored[f"{prefix}.{'+'.join(names)}.weight"], joint)
     assert np.array_equal(stored["lm_head.weight"], tensors["model.embed_tokens.weight"].T)
     assert "model.embed_tokens.weight" not in stored
     assert (tmp_path / "language.onnx.data").stat().st_size < 1.1 * sum(
@@ -129,11 +134,11 @@ def test_a_linear_format_sees_every_layer_and_no_tensor_is_read_early(tmp_path):
     model, reads, seen = tiny_model(*MODELS[1]), [], []
 
     class Doubling(Dense):
-        def emit(self, builder, x, linear):
-            seen.append((linear.name, linear.tensor, linear.inputs, linear.outputs))
+        def emit(self, builder, x, *linears):
+            seen.extend((linear.name, linear.tensor, linear.inputs, linear.outputs) for linear in linears)
             assert not reads
             two = builder.constant(np.float32(2))
-            return builder.op("Mul", super().emit(builder, x, linear), two)
+            return builder.op("Mul", super().emit(builder, x, *linears), two)
 
     def read(name):
         reads.append(name)
@@ -156,7 +161,8 @@ def test_a_linear_format_sees_every_layer_and_no_tensor_is_read_early(tmp_path):
     assert sorted(reads) == sorted(name for name, _ in model.named_parameters())  # each tensor once
     total = progress[0][1]
     assert [done for done, _ in progress] == list(range(total))
-    assert total > len(names)  # all linears; tensors under a kilobyte lie in the model itself
+    # All products, four a layer and the head; tensors under a kilobyte lie in the model itself.
+    assert total > 2 * 4 + 1
 
     doubled = tiny_model.__wrapped__(*MODELS[1])
     for name, parameter in doubled.named_parameters():

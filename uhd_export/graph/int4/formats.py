@@ -1,6 +1,6 @@
 """Weight formats of the language graph (see `uhd_export.graph.linear.LinearFormat`) for quantized layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, check_group, round_to_nearest
 from uhd_export.graph.int4.pack import int4_dequantize, matmul_nbits
-from uhd_export.graph.linear import Dense, Linear, LinearFormat
+from uhd_export.graph.linear import Dense, Linear, LinearFormat, apart, joint_name, outputs_of
 from uhd_export.plugins.graph import CONTRIB_DOMAIN, GraphBuilder
 from uhd_export.runtime.errors import UhdError
 
@@ -75,12 +75,16 @@ def _split(name: str, group: int) -> int:
     return size
 
 
+# Layers that are one product at most: as many are kept while their tensors are asked for.
+_JOINT = 3
+
+
 class RoundedWeights:
     """Plain weights rounded to the nearest, as they are read."""
 
     def __init__(self, group: int, *, bits: int = 4, symmetric: bool = True) -> None:
         self.group, self.bits, self.symmetric = group, bits, symmetric
-        self._recent: tuple[tuple, QuantizedWeight] | None = None
+        self._recent: dict[tuple, QuantizedWeight] = {}
 
     def describe(self, linear: Linear) -> Description:
         """The same for every layer. Raises UhdError where the group does not divide its inputs."""
@@ -88,14 +92,42 @@ class RoundedWeights:
         return Description(self.bits, self.group, self.symmetric, None)
 
     def load(self, linear: Linear) -> QuantizedWeight:
-        """Read and round one layer; its parts are asked for one after another, so the last is kept."""
+        """Read and round one layer; parts are asked for one after another, so the last layers are kept."""
         key = (linear.name, linear.tensor, id(linear.source))
-        if self._recent is None or self._recent[0] != key:
-            self._recent = None
+        if key not in self._recent:
+            if len(self._recent) == _JOINT:
+                del self._recent[next(iter(self._recent))]
             dense = linear.source.load(linear.tensor, (linear.outputs, linear.inputs), ir.DataType.FLOAT)
             weight = round_to_nearest(dense, self.group, bits=self.bits, symmetric=self.symmetric)
-            self._recent = (key, weight)
-        return self._recent[1]
+            self._recent[key] = weight
+        return self._recent[key]
+
+
+def _describe_jointly(weights: WeightSource, linears: Sequence[Linear]) -> list[Description] | None:
+    """How all `linears` are quantized where one product can serve them, else None."""
+    found = [weights.describe(linear) for linear in linears]
+    known = [about for about in found if about is not None]
+    if len(known) < len(found):
+        return None
+    first = known[0]
+    alike = all(
+        (about.bits, about.group) == (first.bits, first.group)
+        and (about.order is None) == (first.order is None)
+        and (about.order is None or np.array_equal(about.order, first.order))
+        for about in known
+    )
+    return known if alike else None
+
+
+def _load_jointly(weights: WeightSource, linears: Sequence[Linear]) -> QuantizedWeight:
+    """The layers' weights as the rows of one."""
+    loaded = [weights.load(linear) for linear in linears]
+    if len(loaded) == 1:
+        return loaded[0]
+    codes, scales, zeros = (
+        np.concatenate([getattr(weight, part) for weight in loaded]) for part in ("codes", "scales", "zeros")
+    )
+    return QuantizedWeight(codes, scales, zeros, loaded[0].bits, loaded[0].order)
 
 
 class MatMulNBits:
@@ -107,36 +139,36 @@ class MatMulNBits:
     def __init__(self, weights: WeightSource, *, accuracy_level: int = 4) -> None:
         self.weights, self.accuracy_level = weights, accuracy_level
 
-    def emit(self, builder: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
-        """One MatMulNBits, after a Gather of the inputs where the layer has an act-order."""
-        about = self.weights.describe(linear)
-        if about is None:
-            return Dense().emit(builder, x, linear)
-        groups = linear.inputs // about.group
+    def emit(self, builder: GraphBuilder, x: ir.Value, *linears: Linear) -> ir.Value:
+        """One MatMulNBits, after a Gather of the inputs where the layers have an act-order."""
+        found = _describe_jointly(self.weights, linears)
+        if found is None:
+            return _one_by_one(self, self.weights, builder, x, linears)
+        joint, outputs, about = joint_name(linears), outputs_of(linears), found[0]
+        inputs, dtype = linears[0].inputs, linears[0].dtype
+        groups = inputs // about.group
 
         def part(name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
-            return builder.weight(
-                f"{linear.name}.{name}", shape, dtype, lambda: matmul_nbits(self.weights.load(linear))[name]
-            )
+            def load() -> np.ndarray:
+                return matmul_nbits(_load_jointly(self.weights, linears))[name]
+
+            return builder.weight(f"{joint}.{name}", shape, dtype, load)
 
         blob, uint8 = about.group * about.bits // 8, ir.DataType.UINT8
-        inputs = [
-            part("B", (linear.outputs, groups, blob), uint8),
-            part("scales", (linear.outputs, groups), linear.dtype),
-        ]
-        if not about.symmetric:
-            inputs.append(part("zero_points", (linear.outputs, (groups * about.bits + 7) // 8), uint8))
+        tensors = [part("B", (outputs, groups, blob), uint8), part("scales", (outputs, groups), dtype)]
+        if not all(about.symmetric for about in found):
+            tensors.append(part("zero_points", (outputs, (groups * about.bits + 7) // 8), uint8))
         return builder.op(
             "MatMulNBits",
             _ordered(builder, x, about.order),
-            *inputs,
+            *tensors,
             domain=CONTRIB_DOMAIN,
-            K=linear.inputs,
-            N=linear.outputs,
+            K=inputs,
+            N=outputs,
             bits=about.bits,
             block_size=about.group,
             accuracy_level=self.accuracy_level,
-            name=linear.name,
+            name=joint,
         )
 
 
@@ -146,35 +178,44 @@ class Int4Dequantize:
     def __init__(self, weights: WeightSource) -> None:
         self.weights = weights
 
-    def emit(self, builder: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
+    def emit(self, builder: GraphBuilder, x: ir.Value, *linears: Linear) -> ir.Value:
         """DequantizeLinear over blocks of the (K, N) weight, then MatMul. Raises UhdError."""
-        about = self.weights.describe(linear)
-        if about is None:
-            return Dense().emit(builder, x, linear)
-        if about.bits != 4 or not about.symmetric:
-            raise UhdError(
-                f"layer {linear.name}: TensorRT multiplies symmetric 4-bit weights only; "
-                "quantize the checkpoint with sym=True"
-            )
+        found = _describe_jointly(self.weights, linears)
+        if found is None:
+            return _one_by_one(self, self.weights, builder, x, linears)
+        for linear, about in zip(linears, found, strict=True):
+            if about.bits != 4 or not about.symmetric:
+                raise UhdError(
+                    f"layer {linear.name}: TensorRT multiplies symmetric 4-bit weights only; "
+                    "quantize the checkpoint with sym=True"
+                )
+        joint, about = joint_name(linears), found[0]
 
         def part(key: str, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
-            return builder.weight(
-                f"{linear.name}.{name}",
-                shape,
-                dtype,
-                lambda: int4_dequantize(self.weights.load(linear), linear.name)[key],
-            )
+            def load() -> np.ndarray:
+                return int4_dequantize(_load_jointly(self.weights, linears), joint)[key]
 
-        k, n = linear.inputs, linear.outputs
+            return builder.weight(f"{joint}.{name}", shape, dtype, load)
+
+        k, n = linears[0].inputs, outputs_of(linears)
         weight = builder.op(
             "DequantizeLinear",
             part("x", "weight", (k, n), ir.DataType.INT4),
-            part("scale", "scales", (k // about.group, n), linear.dtype),
+            part("scale", "scales", (k // about.group, n), linears[0].dtype),
             axis=0,
             block_size=about.group,
-            name=f"{linear.name}.dequantize",
+            name=f"{joint}.dequantize",
         )
-        return builder.op("MatMul", _ordered(builder, x, about.order), weight, name=linear.name)
+        return builder.op("MatMul", _ordered(builder, x, about.order), weight, name=joint)
+
+
+def _one_by_one(
+    form: LinearFormat, weights: WeightSource, builder: GraphBuilder, x: ir.Value, linears: Sequence[Linear]
+) -> ir.Value:
+    """Layers that are quantized each in its own way, or not at all."""
+    if all(weights.describe(linear) is None for linear in linears):
+        return Dense().emit(builder, x, *linears)
+    return apart(form, builder, x, linears)
 
 
 def _ordered(builder: GraphBuilder, x: ir.Value, order: np.ndarray | None) -> ir.Value:
@@ -188,6 +229,9 @@ class ByName:
     def __init__(self, default: LinearFormat, named: Mapping[str, LinearFormat]) -> None:
         self.default, self.named = default, dict(named)
 
-    def emit(self, builder: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
-        """What the format in charge of `linear` emits."""
-        return self.named.get(linear.name, self.default).emit(builder, x, linear)
+    def emit(self, builder: GraphBuilder, x: ir.Value, *linears: Linear) -> ir.Value:
+        """What the format in charge of the layers emits; one by one where it is not the same."""
+        forms = [self.named.get(linear.name, self.default) for linear in linears]
+        if any(form is not forms[0] for form in forms):
+            return apart(self, builder, x, linears)
+        return forms[0].emit(builder, x, *linears)
