@@ -41,7 +41,7 @@ from uhd_export.runtime.progress import progress_bar
 from uhd_export.runtime.settings import Settings
 
 # Raised when a change of code makes unfinished work of an earlier version useless.
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 QUESTIONS = 200
 # What decides the sequences, beside the pairs and how images are cut.
 SEQUENCES = ("samples", "held_out", "length", "seed")
