@@ -87,9 +87,13 @@ class FileRecord:
     sha256: str
 
 
+STORED = "the weights as stored, in PyTorch"
+"""What a bundle's graphs must compute, rounded weights included."""
+
+
 @dataclass(frozen=True)
 class Parity:
-    """One measured difference from the PyTorch model, on named inputs.
+    """One measured difference, on named inputs, from what `against` names.
 
     `value` is None where it was not measured, and `skipped` says why. `limit` None means that the
     figure is for information.
@@ -101,6 +105,7 @@ class Parity:
     value: float | None
     limit: float | None
     skipped: str | None
+    against: str = STORED
 
     @property
     def ok(self) -> bool:

@@ -125,13 +125,21 @@ def describe_quantization(quantization: Quantization) -> str:
 def print_parity(
     built: Sequence[Parity], measured: Sequence[Parity] = (), console: Console | None = None
 ) -> None:
-    """Print the difference from PyTorch, as built and, where there is one, as measured now."""
+    """Print each table of differences, as built and, where there is one, as measured now."""
     console = console or Console()
     if not built and not measured:
         console.print("parity: not measured at build")
         return
+    for against in dict.fromkeys(entry.against for entry in (*built, *measured)):
+        before, now = ([e for e in entries if e.against == against] for entries in (built, measured))
+        _print_table(against, before, now, console)
+    for reason in dict.fromkeys(entry.skipped for entry in (*built, *measured) if entry.skipped):
+        console.print(f"not measured: {reason}")
+
+
+def _print_table(against: str, built: list[Parity], measured: list[Parity], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("parity with PyTorch", overflow="fold")
+    table.add_column(f"against {against}", overflow="fold")
     for name in ("built", "now") if measured else ("built",):
         table.add_column(name, justify="right")
     table.add_column("limit", justify="right")
@@ -147,8 +155,6 @@ def print_parity(
             mark = "[red]over[/red]"
         table.add_row(": ".join(key), *(_value(entry) for entry in entries), limit, mark)
     console.print(table)
-    for reason in dict.fromkeys(entry.skipped for entry in (*built, *measured) if entry.skipped):
-        console.print(f"not measured: {reason}")
 
 
 def _key(entry: Parity) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from uhd_export.bundle.parity import measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
 from uhd_export.bundle.staging import refuse_existing, staged_folder
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
-from uhd_export.checkpoint.int4.gptq import open_checkpoint
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
@@ -78,6 +78,7 @@ def build_bundle(
     folder = source_folder(source)
     config = read_config(folder, options.reading)
     _check_before(folder, config, out, options, force, quantize is not None)
+    before = folder
     if quantize is not None:
         source = folder = quantize()
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
@@ -93,7 +94,9 @@ def build_bundle(
             write_manifest(staging, replace(manifest, backend="onnxruntime"))
             if verify:
                 reference = as_stored(checkpoint, config.language, quantization)
-                parity = measure_parity(staging, reference, config, progress=progress)
+                with closing(open_checkpoint(before, config.language.vocab)) as unrounded:
+                    original = None if isinstance(unrounded, GptqCheckpoint) else unrounded
+                    parity = measure_parity(staging, reference, config, original=original, progress=progress)
                 _refuse_failed(parity)
                 manifest = replace(manifest, parity=tuple(parity))
             if options.engines is not None:

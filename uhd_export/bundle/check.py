@@ -6,7 +6,7 @@ from pathlib import Path
 from uhd_export.bundle.parity import measure_parity
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.files import weight_sizes
-from uhd_export.checkpoint.int4.gptq import open_checkpoint
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
@@ -65,7 +65,8 @@ def check_bundle(
     opened = open_checkpoint(source, config.language.vocab)
     try:
         reference = as_stored(opened, config.language, manifest.quantization)
-        measured = measure_parity(folder, reference, config, progress=progress)
+        original = None if isinstance(opened, GptqCheckpoint) else opened
+        measured = measure_parity(folder, reference, config, original=original, progress=progress)
     except UhdError as error:
         if manifest.backend not in ENGINE_BACKENDS:
             raise

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uhd_export.bundle.peer import peer_entries
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
@@ -30,17 +31,24 @@ NEW_TOKENS = 16
 LIMITS = {"float32": 1e-3, "float16": 5e-2}
 # Where activations are rounded to int8 before each product.
 INT8_LIMIT = 1e-1
+ORIGINAL = "the original checkpoint, in PyTorch"
 _CONTEXT = 1024
 
 
 def measure_parity(
-    bundle: Path, checkpoint: Checkpoint, config: CheckpointConfig, *, progress: bool = False
+    bundle: Path,
+    checkpoint: Checkpoint,
+    config: CheckpointConfig,
+    *,
+    original: Checkpoint | None = None,
+    progress: bool = False,
 ) -> list[Parity]:
-    """Compare the bundle in folder `bundle` with `checkpoint` in float32 PyTorch.
+    """Compare the bundle in folder `bundle` with `checkpoint`, as it is stored, in float32 PyTorch.
 
     Vision: tokens of a slice in the bundle's grid mode and of the overview in every mode. Language: the
-    whole model's logits after a prompt with an image, and 16 greedy tokens. Where the memory at hand is
-    too small, the entries say so instead of a figure.
+    whole model's logits after a prompt with an image, and 16 greedy tokens; where weights are rounded, what
+    that cost against the `original` ones; and the independent check of `peer`. Where the memory at hand
+    is too small, the entries say so instead of a figure.
     """
     manifest = read_manifest(bundle)
     shortage = _memory_shortage(bundle, manifest)
@@ -61,7 +69,7 @@ def measure_parity(
         reference = VisionReference(checkpoint, config, roi_rounding=manifest.settings.roi_rounding)
         bar.advance()
         results = list(_vision(pipeline, reference, bar))
-        results += _language(pipeline, checkpoint, config, reference)
+        results += _language(pipeline, checkpoint, config, reference, original)
         bar.advance(2)
     return results
 
@@ -85,7 +93,11 @@ def _vision(pipeline: Pipeline, reference: VisionReference, bar: Bar) -> Iterato
 
 
 def _language(
-    pipeline: Pipeline, checkpoint: Checkpoint, config: CheckpointConfig, reference: VisionReference
+    pipeline: Pipeline,
+    checkpoint: Checkpoint,
+    config: CheckpointConfig,
+    reference: VisionReference,
+    original: Checkpoint | None,
 ) -> list[Parity]:
     """One pass of the reference over the prompt and the bundle's own tokens judges both entries.
 
@@ -115,9 +127,37 @@ def _language(
     expected = streamed_logits(checkpoint, config, embeds, len(tokens))
     preference = expected.max(1) - expected[np.arange(len(tokens)), tokens]
     different = float((preference > LIMITS["float32"] * np.abs(expected).max()).sum())
-    return [
+    results = [
         Parity("logits", NAME, "relative error", relative_error(logits, expected[0]), limit, None),
         Parity("tokens", NAME, metric, different, token_limit, None),
+    ]
+    rounded = manifest.quantization is not None
+    if rounded:
+        results += _loss(config, original, embeds, logits, tokens)
+    prompt_embeds = embeds[: len(sequence)]
+    return results + peer_entries(
+        pipeline, checkpoint.folder, prompt_embeds, logits, None if rounded else limit
+    )
+
+
+def _loss(
+    config: CheckpointConfig,
+    original: Checkpoint | None,
+    embeds: np.ndarray,
+    logits: np.ndarray,
+    tokens: list[int],
+) -> list[Parity]:
+    """What rounding cost: the bundle's `logits` and greedy `tokens` against the `original` weights'."""
+    metric = f"differing of {len(tokens)} greedy tokens"
+    if original is None:
+        reason = "the checkpoint was quantized before, and its original is not at hand"
+        absent = ("logits", "relative error"), ("tokens", metric)
+        return [Parity(part, NAME, what, None, None, reason, ORIGINAL) for part, what in absent]
+    expected = streamed_logits(original, config, embeds, len(tokens))
+    different = float((expected.argmax(1) != np.array(tokens)).sum())
+    return [
+        Parity("logits", NAME, "relative error", relative_error(logits, expected[0]), None, None, ORIGINAL),
+        Parity("tokens", NAME, metric, different, None, None, ORIGINAL),
     ]
 
 

@@ -1,0 +1,43 @@
+"""The evidence that does not read itself: transformers on the same folder, and the loss by rounding."""
+
+import pytest
+from support.refusals import one_line_error
+
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.options import BuildOptions
+from uhd_export.bundle.parity import ORIGINAL
+from uhd_export.bundle.peer import PEER
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.runtime.bundle.manifest import STORED
+
+pytest.importorskip("transformers")
+
+
+def entries(manifest, against):
+    return {entry.part: entry for entry in manifest.parity if entry.against == against}
+
+
+def test_a_dense_bundle_equals_transformers(tmp_path):
+    manifest = build_bundle("nano", tmp_path / "out", options=BuildOptions(context=512))
+    peer = entries(manifest, PEER)
+    assert peer["logits"].value < 1e-5 and peer["logits"].limit == 1e-3
+    assert (peer["tokenizer"].value, peer["tokenizer"].skipped) == (0.0, None)
+    assert not entries(manifest, ORIGINAL)
+
+
+def test_what_the_reader_gets_wrong_is_seen(tmp_path, monkeypatch):
+    name, right = "model.layers.0.mlp.down_proj.weight", Checkpoint.stored
+    monkeypatch.setattr(Checkpoint, "stored", lambda self, n: right(self, n) * (n != name))
+    with one_line_error("parity of logits on .* positions: relative error .* is over the limit"):
+        build_bundle("nano", tmp_path / "out", options=BuildOptions(context=512))
+
+
+def test_what_rounding_cost_is_a_table_of_its_own(tmp_path):
+    options = BuildOptions(context=512, weights=WeightOptions("int4-rtn", activations="float"))
+    manifest = build_bundle("nano", tmp_path / "out", options=options)
+    stored, lost = entries(manifest, STORED), entries(manifest, ORIGINAL)
+    assert stored["logits"].value < 1e-5
+    assert lost.keys() == {"logits", "tokens"}
+    assert 1e-2 < lost["logits"].value < 1
+    assert abs(entries(manifest, PEER)["logits"].value - lost["logits"].value) < 1e-4
