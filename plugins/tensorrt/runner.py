@@ -18,6 +18,7 @@ from uhd_export.runtime.errors import UhdError
 
 KERNELS = "kernels"  # the serialized field that holds the compiled kernels
 ALIGNMENT = 256  # bytes, of a scratch buffer in the workspace
+_PLANS = 64  # shapes whose launches are kept: planning takes longer than the driver does
 
 
 def kernel_key(launch: Launch, types: Sequence[str], capability: int) -> str:
@@ -48,6 +49,7 @@ class Runner:
     ) -> None:
         self.operator, self.attributes, self.kernels = operator, attributes, kernels
         self._functions: dict[tuple[int, str], Any] = {}
+        self._plans: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], list[int], tuple[int, ...], int]]] = {}
 
     def run(
         self,
@@ -58,14 +60,30 @@ class Runner:
         stream: int,
     ) -> None:
         """Queue all launches. `types` and `pointers` are of the inputs, then the outputs."""
+        driver = open_driver()
+        context = driver.context()
+        key = (context, tuple(map(tuple, shapes)), tuple(types))
+        if key not in self._plans:
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = self._plan(shapes, types, context)
+        places = (*pointers, workspace)
+        for (function, grid, threads, shared), tensors, integers, nulls in self._plans[key]:
+            addresses = [places[index] for index in tensors]
+            driver.launch(function, grid, threads, shared, stream, addresses, integers, nulls)
+
+    def _plan(
+        self, shapes: Sequence[Shape], types: Sequence[str], context: int
+    ) -> list[tuple[tuple[Any, ...], list[int], tuple[int, ...], int]]:
+        """The launches for inputs of these shapes: function and sizes, which pointers, integers, nulls."""
         inputs, outputs = self.operator.inputs(self.attributes), self.operator.outputs(self.attributes)
         launches, scratch = self.operator.plan(
             dict(zip(inputs, shapes, strict=True)), self.attributes, types[-1]
         )
-        address = dict(zip((*inputs, *outputs, scratch.name), (*pointers, workspace), strict=True))
-        kind = dict(zip((*inputs, *outputs, scratch.name), (*types, "float32"), strict=True))
-        driver = open_driver()
-        context, capability = driver.context(), driver.capability()
+        names = (*inputs, *outputs, scratch.name)
+        kind = dict(zip(names, (*types, "float32"), strict=True))
+        driver, plan = open_driver(), []
+        capability = driver.capability()
         for launch in launches:
             key = kernel_key(launch, [kind[name] for name in launch.tensors], capability)
             if key not in self.kernels:
@@ -73,16 +91,10 @@ class Runner:
             kernel = self.kernels[key]
             if (context, key) not in self._functions:
                 self._functions[context, key] = driver.load(kernel["ptx"], kernel["name"], kernel["shared"])
-            driver.launch(
-                self._functions[context, key],
-                launch.grid,
-                32 * kernel["warps"],
-                kernel["shared"],
-                stream,
-                [address[name] for name in launch.tensors],
-                launch.integers,
-                kernel["nulls"],
-            )
+            call = (self._functions[context, key], launch.grid, 32 * kernel["warps"], kernel["shared"])
+            tensors = [names.index(name) for name in launch.tensors]
+            plan.append((call, tensors, launch.integers, kernel["nulls"]))
+        return plan
 
     def _missing(self, launch: Launch, capability: int) -> str:
         built = sorted({json.loads(key)[1] for key in self.kernels})

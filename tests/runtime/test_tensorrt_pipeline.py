@@ -123,7 +123,7 @@ def pipelines(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
     profiles = {"vision": vision_profiles(config), "language": language_profiles(config.language, CONTEXT)}
     cuda, made, logger = FakeCuda(), {}, quiet_logger()
     records = {part: record_of(tmp_path / f"{part}.onnx", ranges) for part, ranges in profiles.items()}
-    monkeypatch.setattr(tensorrt_engine, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_engine, "open_cuda", lambda number: cuda)
     monkeypatch.setenv("UHD_EXPORT_CACHE", str(tmp_path / "cache"))
     for name in (tensorrt_backend, tensorrt_engine):
         monkeypatch.setattr(name, "logger", lambda trt: logger)

@@ -1,6 +1,8 @@
 """Building an engine: a graph, its profiles and target GPUs in, an engine file and its record out."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -129,6 +131,24 @@ class _Failure:
         return UhdError(f"{where}: TensorRT cannot build it ({reason}){remedy}")
 
 
+@contextmanager
+def _separate_products(parsed: Network) -> Iterator[None]:
+    """Keep TensorRT from joining products of one x by itself while a graph of one sequence is built.
+
+    NVIDIA's own exporter does the same at batch 1, since some versions wrote wrong values from joined q, k
+    and v. Our graphs join them already, in their weights.
+    """
+    switch, joint = "__LUNOWUD", "-peep:fc_h_fusion=off"
+    before = os.environ.get(switch)
+    if before is None and all(tensor.shape[:1] == ("1",) for tensor in parsed.inputs.values()):
+        os.environ[switch] = joint
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(switch, None)
+
+
 def _build(
     trt: ModuleType, builder: Any, parsed: Network, config: Any, failure: _Failure, progress: Progress | None
 ) -> Any:
@@ -136,7 +156,7 @@ def _build(
     monitor = make_monitor(trt, progress) if progress is not None else None
     if monitor is not None:
         config.progress_monitor = monitor
-    with messages(trt) as log:
+    with messages(trt) as log, _separate_products(parsed):
         content = builder.build_serialized_network(parsed.network, config)
     if monitor is not None and monitor.raised is not None:
         raise monitor.raised

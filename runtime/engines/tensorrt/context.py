@@ -1,5 +1,6 @@
 """One execution context of an engine: chooses the profile, places buffers, queues runs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from uhd_export.runtime.errors import UhdError
 # allocates, which cannot be captured.
 _CAPTURE_AT = 2
 _SCRATCH = ""
+log = logging.getLogger(__name__)
 
 
 class Context:
@@ -158,7 +160,13 @@ class Context:
                 self._enqueue()
                 return
             self._drop_graphs()  # memory moved; one graph a context, since decoding repeats one run
-            self._captured[key] = self._cuda.capture(self._enqueue)
+            try:
+                self._captured[key] = self._cuda.capture(self._enqueue)
+            except UhdError as error:
+                self._graphs = False
+                log.warning("CUDA graph: not captured (%s); decoding launches its kernels one by one", error)
+                self._enqueue()
+                return
         self._cuda.launch(self._captured[key])
 
     def _drop_graphs(self) -> None:

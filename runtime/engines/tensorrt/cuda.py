@@ -5,6 +5,7 @@ replace this one class.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,14 +18,17 @@ INSTALL = "pip install cuda-python"
 
 
 class Cuda:
-    """The first visible GPU, and one stream on which all work is queued in order."""
+    """One GPU, and one stream on which all work is queued in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         self._api = _import_runtime()
+        self.number, self._thread = number, threading.local()
         count = self._first_call()
         if count < 1:
             raise UhdError("GPU: none is visible; check CUDA_VISIBLE_DEVICES")
-        properties = self._call("cudaGetDeviceProperties", 0)
+        if number >= count:
+            raise UhdError(f"device cuda:{number}: there is no such GPU; {count} visible, see nvidia-smi -L")
+        properties = self._call("cudaGetDeviceProperties", number)
         self.name: str = properties.name.decode()
         self.capability: str = f"{properties.major}.{properties.minor}"
         self.memory: int = properties.totalGlobalMem
@@ -33,6 +37,7 @@ class Cuda:
 
     def allocate(self, nbytes: int) -> int:
         """Address of `nbytes` of device memory. Raises UhdError where there is not enough."""
+        self.use()
         status, address = self._api.cudaMalloc(max(nbytes, 1))
         if status == self._api.cudaError_t.cudaErrorMemoryAllocation:
             free, total = self._call("cudaMemGetInfo")
@@ -103,7 +108,14 @@ class Cuda:
         self._check("cudaGetDeviceCount", status)
         return int(count)
 
+    def use(self) -> None:
+        """Make this the calling thread's GPU: each thread begins with the first one."""
+        if not getattr(self._thread, "chosen", False):
+            self._thread.chosen = True
+            self._call("cudaSetDevice", self.number)
+
     def _call(self, name: str, *arguments: Any) -> Any:
+        self.use()
         status, *results = getattr(self._api, name)(*arguments)
         self._check(name, status)
         return results[0] if len(results) == 1 else tuple(results)
@@ -114,9 +126,20 @@ class Cuda:
 
 
 @functools.cache
-def open_cuda() -> Cuda:
-    """The GPU, opened once a process: all engines share its stream."""
-    return Cuda()
+def _opened() -> list[Cuda]:
+    return []
+
+
+def open_cuda(number: int = 0) -> Cuda:
+    """The GPU, opened once a process: all engines share its stream. UhdError where another one is open."""
+    opened = _opened()
+    if not opened:
+        opened.append(Cuda(number))
+    if opened[0].number != number:
+        raise UhdError(
+            f"device cuda:{number}: this process runs TensorRT on GPU {opened[0].number}; one is the limit"
+        )
+    return opened[0]
 
 
 def current_capability() -> str:

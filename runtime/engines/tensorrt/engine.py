@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Binding, Engine, Stop, check_feeds
+from uhd_export.runtime.engines.device import parse_device
 from uhd_export.runtime.engines.tensorrt.backend import (
     BACKENDS,
     logger,
@@ -43,12 +44,13 @@ class TensorrtEngine(Engine):
         threads: int | None = None,
         profile: str | Path | None = None,
     ) -> None:
-        if device != "cuda":
+        where = parse_device(device)
+        if where.kind != "cuda":
             raise UhdError(f"device {device}: a TensorRT engine runs on cuda; use a bundle for onnxruntime")
         self.path, self.record = Path(path), read_record(path)
         self.trt = open_tensorrt(self.record.backend)
         self._check_version()
-        self.cuda = open_cuda()
+        self.cuda = open_cuda(where.number)
         self._check_gpu()
         self._plugins = find_plugins(self.path) if self.record.plugin_layers else []
         for plugins in self._plugins:
@@ -209,12 +211,26 @@ class TensorrtBinding(Binding):
             self._arrays[past] = array
         self.nbytes = sum(array.nbytes for array in self._arrays.values())
         bound = {name: self._arrays[past] for past, present in shared.items() for name in (past, present)}
-        self._context = engine.context(bound, graphs=True)
+        self._bound = bound
+        self._contexts: dict[int, Context] = {}
 
     def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`. Feeds may be device arrays too, which are read where they are."""
         check_feeds(feeds, self._engine.inputs, self._shared)
-        return self._engine._fetch(self._context.run(feeds))
+        return self._engine._fetch(self._context(feeds).run(feeds))
+
+    def _context(self, feeds: Mapping[str, Array]) -> Context:
+        """The context for these shapes: one for each profile, so that a prompt leaves decoding's graph alone.
+
+        A graph pays where one run repeats, as in a profile of one shape.
+        """
+        shapes = {name: tuple(array.shape) for name, array in feeds.items()}
+        profiles = self._engine.record.profiles
+        index = next((i for i, profile in enumerate(profiles) if profile.covers(shapes)), 0)
+        if index not in self._contexts:
+            fixed = all(found.min == found.max for found in profiles[index].ranges.values())
+            self._contexts[index] = self._engine.context(self._bound, graphs=fixed)
+        return self._contexts[index]
 
     def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""

@@ -15,12 +15,24 @@ from uhd_export.runtime.errors import UhdError
 ALIGNMENT = 256
 # Blocks up to this size are kept for the next who asks: giving them back would wait for the GPU each time.
 KEPT = 64 << 20
+# Most that is kept in all: prompts of many lengths would hold memory without end.
+MOST_KEPT = 256 << 20
 
 
 @functools.cache
 def _spare(cuda: Cuda) -> dict[int, list[int]]:
     """Addresses of the blocks that are kept, by size."""
     return {}
+
+
+def size_class(nbytes: int) -> int:
+    """The size of the block that `nbytes` get: of four sizes between powers of two, a quarter more at most.
+
+    Prompts of similar lengths then take the same blocks. Blocks too large to be kept get what they ask for.
+    """
+    nbytes = max(nbytes, ALIGNMENT)
+    step = max(1 << (nbytes.bit_length() - 3), ALIGNMENT) if nbytes <= KEPT else ALIGNMENT
+    return -(-nbytes // step) * step
 
 
 def _take(cuda: Cuda, nbytes: int) -> int:
@@ -46,8 +58,9 @@ def _take(cuda: Cuda, nbytes: int) -> int:
 
 
 def _give(cuda: Cuda, address: int, nbytes: int) -> None:
-    """Keep a block for the next, or free a large one once the queued work is done."""
-    if nbytes <= KEPT:
+    """Keep a block for the next, or free it once the queued work is done: a large one, or one too many."""
+    kept = sum(size * len(addresses) for size, addresses in _spare(cuda).items())
+    if nbytes <= KEPT and kept + nbytes <= MOST_KEPT:
         _spare(cuda).setdefault(nbytes, []).append(address)
         return
     cuda.synchronize()
@@ -67,7 +80,7 @@ class Buffer:
         if nbytes <= self.nbytes and self.address:
             return
         self.close()
-        nbytes = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        nbytes = size_class(nbytes)
         self.address = _take(self._cuda, nbytes)
         self.nbytes = nbytes
 

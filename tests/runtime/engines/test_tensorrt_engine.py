@@ -69,7 +69,7 @@ def machine(tmp_path, monkeypatch):
         record = fake_engine(tmp_path / "x.engine", graph, record)
         module = fake_module(cuda, record, rtx=rtx, **changes)
         monkeypatch.setattr(tensorrt_engine, "open_tensorrt", lambda backend: module)
-        monkeypatch.setattr(tensorrt_engine, "open_cuda", lambda: cuda)
+        monkeypatch.setattr(tensorrt_engine, "open_cuda", lambda number: cuda)
         monkeypatch.setattr(tensorrt_backend, "logger", lambda trt: logger)
         monkeypatch.setattr(tensorrt_engine, "logger", lambda trt: logger)
         monkeypatch.setenv("UHD_EXPORT_CACHE", str(tmp_path / "cache"))
@@ -109,13 +109,11 @@ def test_a_step_moves_one_embedding_in_and_the_logits_out(machine, language):
 def test_the_profile_for_one_position_decodes(machine, language):
     engine, _, module = machine(*language)
     decoder = Decoder(engine, CONTEXT)
-    (context,) = module.engines[0].contexts
     decoder.prefill(embeddings(10))
-    assert context.profile == 1
     decoder.step(embeddings(1))
-    assert context.profile == 0
     decoder.prefill(embeddings(1))
-    assert context.profile == 0
+    prompts, steps = module.engines[0].contexts
+    assert (prompts.profile, prompts.runs) == (1, 1) and (steps.profile, steps.runs) == (0, 2)
 
 
 def test_cuda_graphs(machine, language):
@@ -131,19 +129,36 @@ def test_cuda_graphs(machine, language):
     embeds = embeddings(20)
     expected = reference(tiny_model(*TINY), embeds)
     decoder.prefill(embeds[:, :5])
-    (context,) = module.engines[0].contexts
     for i in range(5, 10):
         assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
-    assert context.runs == 3 and cuda.launches == 4  # prefill, first step, captured step
+    prefill, decode = module.engines[0].contexts
+    assert prefill.runs == 1 and decode.runs == 2 and cuda.launches == 4  # first step, captured step
     other = Decoder(engine, CONTEXT)
     other.prefill(embeddings(90))  # moves the shared memory for activations
     for i in range(10, 15):
         assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
     assert cuda.launches == 4 + 4
-    decoder.prefill(embeds[:, 15:17])  # changes the context that the graph was captured from
+    runs = decode.runs
+    decoder.prefill(embeds[:, 15:17])  # in a context of its own: the graph stays
     for i in range(17, 20):
         assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
-    assert cuda.launches == 4 + 4 + 2
+    assert cuda.launches == 4 + 4 + 3 and decode.runs == runs
+
+
+def test_a_graph_that_cannot_be_captured_is_left_out_with_the_reason(machine, language, monkeypatch, caplog):
+    engine, cuda, _ = machine(*language, rtx=False)
+
+    def refuse(queue):
+        raise UhdError("GPU: cudaStreamEndCapture failed")
+
+    monkeypatch.setattr(cuda, "capture", refuse)
+    decoder, embeds = Decoder(engine, CONTEXT), embeddings(8)
+    expected = reference(tiny_model(*TINY), embeds)
+    for i in range(8):
+        assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
+    assert cuda.launches == 0
+    (said,) = caplog.messages  # once, not at every step
+    assert said.startswith("CUDA graph: not captured (GPU: cudaStreamEndCapture failed); decoding launches")
 
 
 def crop_feeds(engine, rows, cols, batch, grid_mode="selective"):
@@ -247,6 +262,26 @@ def test_memory_changes_hands_without_waiting():
     assert set(cuda.blocks) < blocks  # a large block goes back, once the queue is empty
 
 
+@given(st.integers(1, tensorrt_memory.KEPT))
+def test_a_size_class_wastes_a_quarter_at_most(nbytes):
+    size = tensorrt_memory.size_class(nbytes)
+    assert nbytes <= size <= max(1.25 * nbytes, nbytes + tensorrt_memory.ALIGNMENT)
+    assert size % tensorrt_memory.ALIGNMENT == 0 and tensorrt_memory.size_class(size) == size
+
+
+def test_prompts_of_many_lengths_hold_what_the_longest_needs_and_no_more_than_the_cap():
+    """A prompt's embeddings at 4096 a position in float16, as a hundred questions on one image make them."""
+    cuda = FakeCuda()
+    for length in range(1000, 1100):
+        array = DeviceArray.allocate(cuda, (length, 4096), np.float16)
+        largest = array.nbytes
+        del array
+    assert sum(block.size for block in cuda.blocks.values()) < 2 * 1.25 * largest  # of two classes
+    arrays = [DeviceArray.allocate(cuda, (size << 20,), np.uint8) for size in (*range(1, 40), *range(1, 40))]
+    del arrays[:]
+    assert sum(block.size for block in cuda.blocks.values()) <= tensorrt_memory.MOST_KEPT
+
+
 def test_kept_memory_makes_room(monkeypatch):
     cuda = FakeCuda()
     allocate = cuda.allocate
@@ -304,7 +339,7 @@ def test_compiled_kernels_are_kept(machine, language, tmp_path):
     (kept,) = (tmp_path / "cache" / "jit").iterdir()
     assert kept.name == "5" * 32 + "-8.9.bin" and kept.read_bytes() == b"nothing yet and more"
     engine, _, module = machine(*language)
-    Decoder(engine, CONTEXT)
+    Decoder(engine, CONTEXT).step(embeddings(1))
     assert module.engines[0].contexts[0].config.cache.content == b"nothing yet and more"
 
 
@@ -407,7 +442,7 @@ def test_an_engine_that_does_not_fit_says_what_to_do(machine, language, changes,
 def test_without_a_gpu_or_the_backend(language, tmp_path, monkeypatch):
     graph, record = language
     fake_engine(tmp_path / "x.engine", graph, record)
-    tensorrt_cuda.open_cuda.cache_clear()
+    tensorrt_cuda._opened.cache_clear()
     try:
         count = tensorrt_cuda._import_runtime().cudaGetDeviceCount()[1]
     except UhdError as error:
