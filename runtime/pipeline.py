@@ -71,6 +71,7 @@ class Pipeline:
             most=manifest.settings.context,
             eos=manifest.model.language.eos,
         )
+        self.generator.sampling = manifest.settings.sampling
 
     @classmethod
     def open(
@@ -170,7 +171,7 @@ class Pipeline:
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> list[int]:
-        """Continuation of `prompt`, greedy by default; an end-of-text token ends it and is included."""
+        """Continuation of `prompt`, by `settings.sampling` by default; an end-of-text token is included."""
         return list(self.generator.tokens(self.sequence(image, prompt), max_new_tokens, sampling))
 
     def generate(
@@ -179,15 +180,16 @@ class Pipeline:
         question: str,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
         markup: bool = False,
     ) -> Answer:
         """The answer to `question` in the bundle's prompt template, in pieces as they are generated.
 
-        Greedy at temperature 0. The image and the options are checked at once, the rest runs while the
+        Greedy at temperature 0; what is None is as the checkpoint's generation_config says, greedy where it
+        says nothing. The image and the options are checked at once, the rest runs while the
         answer is read. What the prompt shares with the previous one is not computed again. The question is
         text; with `markup`, the `<image>` and control tokens that it spells out count.
         """
@@ -196,7 +198,9 @@ class Pipeline:
         prompt: str | list[int] = prompts.render(question, template, len(images))
         if not markup:
             prompt = prompts.encode_question(tokenizer, question, template, len(images))
-        sampling = Sampling(temperature, top_k, top_p, seed)
+        sampling = self.settings.sampling.changed(
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
         with watch.stage("image"):
             sequence = self.sequence(images, prompt)
         return self.generator.answer(sequence, max_new_tokens, sampling, watch)
@@ -207,9 +211,9 @@ class Pipeline:
         question: str,
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
         markup: bool = False,
     ) -> str:

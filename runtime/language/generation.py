@@ -14,7 +14,7 @@ from uhd_export.runtime.language.detokenizer import Detokenizer
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.encoded_images import EncodedImages
 from uhd_export.runtime.language.prefix_cache import PrefixCache
-from uhd_export.runtime.language.sampling import Sampling, sample
+from uhd_export.runtime.language.sampling import Sampling, penalised, sample
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 from uhd_export.runtime.stopwatch import Stopwatch
 from uhd_export.runtime.turns import Turn, Turns
@@ -43,6 +43,8 @@ class TextGenerator:
         self.decoder = Decoder(engine, context)
         self.prefix = PrefixCache(self.decoder)
         self._most, self._eos = most, eos
+        self.sampling = Sampling()
+        """How tokens are chosen where the caller does not say."""
 
     def sequence(self, ids: Sequence[int], images: Sequence[PlannedImage]) -> PromptSequence:
         """The positions of token `ids` with `images`. Raises UhdError where they exceed the context."""
@@ -117,7 +119,7 @@ class TextGenerator:
     ) -> Generator[int, None, None]:
         if max_new_tokens < 1:
             raise UhdError(f"max_new_tokens: {max_new_tokens} is out of range; use 1 or more")
-        return self._tokens(sequence, max_new_tokens, sampling or Sampling(), progress)
+        return self._tokens(sequence, max_new_tokens, sampling or self.sampling, progress)
 
     def _tokens(
         self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling, progress: Progress
@@ -127,11 +129,13 @@ class TextGenerator:
             with self._turns.begin(turn):
                 progress.started = True
                 progress.cached_tokens = self.prefix.match(sequence.keys)
-                token = sample(self.prefill(sequence, watch), sampling, random)
+                logits = self.prefill(sequence, watch)
+                token = sample(logits, sampling, random)
             while not self._last(token, max_new_tokens, progress):
                 yield token
                 with self._turns.go_on(turn), watch.stage("decode"):
-                    token = sample(self.step(token), sampling, random)
+                    logits = penalised(self.step(token), progress.ids, sampling)
+                    token = sample(logits, sampling, random)
         finally:
             self._turns.end(turn)
         yield token

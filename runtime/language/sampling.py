@@ -1,48 +1,25 @@
 """Choosing the next token from logits: greedy, or sampling with temperature, top-k, top-p and min-p."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.settings import Sampling
 
 # Tokens that are put in order first where top-p alone decides how many are kept.
 _FIRST_TRY = 64
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. The default is greedy; so is temperature 0.
-
-    `top_k` keeps the k most probable tokens (0: all); `top_p` then keeps the fewest that together reach
-    this probability (1: all), and `min_p` those of at least this share of the most probable one's (0: all);
-    `seed` makes the choices repeatable.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise UhdError naming a field that is out of range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UhdError(f"temperature: {self.temperature} is out of range; use 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UhdError(f"top_k: {self.top_k} is out of range; use 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UhdError(f"top_p: {self.top_p} is out of range; use more than 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise UhdError(f"min_p: {self.min_p} is out of range; use 0 (all tokens) to 1")
-        if self.seed is not None and self.seed < 0:
-            raise UhdError(f"seed: {self.seed} is out of range; use 0 or more")
-
-    def generator(self) -> np.random.Generator:
-        """A new generator from the seed, one for each answer."""
-        return np.random.default_rng(self.seed)
+def penalised(logits: NDArray[Any], answer: Sequence[int], sampling: Sampling) -> NDArray[Any]:
+    """(vocab,) logits with the repetition penalty on the tokens of `answer`."""
+    if sampling.repetition_penalty == 1 or not answer:
+        return logits
+    seen, changed = np.unique(np.asarray(answer, np.int64)), logits.copy()
+    values, penalty = logits[seen], logits.dtype.type(sampling.repetition_penalty)
+    changed[seen] = np.where(values < 0, values * penalty, values / penalty)
+    return changed
 
 
 def greedy(logits: NDArray[Any]) -> int:

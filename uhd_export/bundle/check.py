@@ -89,6 +89,7 @@ def model_config(manifest: Manifest) -> CheckpointConfig:
         separators=settings.separators,
         upscale_only=settings.upscale_only,
         release=manifest.source.release,
+        sampling=settings.sampling,
     )
 
 

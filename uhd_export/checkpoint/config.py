@@ -1,10 +1,10 @@
 """Configurations: an official `config.json`, of either release, as typed dataclasses."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from uhd_export.checkpoint.fields import optional, positive, read_json, shown, size
-from uhd_export.checkpoint.language_config import language_config, layer_count
+from uhd_export.checkpoint.language_config import default_sampling, language_config, layer_count
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, has_tokenizer, vocabulary_size
@@ -19,7 +19,7 @@ from uhd_export.runtime.config import (
 )
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import COMMA, NEWLINE, Separators
-from uhd_export.runtime.settings import Settings
+from uhd_export.runtime.settings import Sampling, Settings
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class CheckpointConfig:
     separators: Separators
     upscale_only: bool
     release: str
+    sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def model(self) -> ModelConfig:
@@ -52,6 +53,7 @@ class CheckpointConfig:
             upscale_only=self.upscale_only,
             roi_rounding=images.roi_rounding,
             context=context or self.language.context,
+            sampling=self.sampling,
         )
 
 
@@ -109,6 +111,7 @@ def parse_config(
         separators=_separators(config, language.vocab),
         upscale_only=release == "first",
         release=release,
+        sampling=default_sampling(generating or {}),
     )
 
 

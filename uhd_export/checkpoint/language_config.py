@@ -3,6 +3,7 @@
 from uhd_export.checkpoint.fields import optional, positive, required, shown, size
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.settings import Sampling
 
 # `</s>`, which every LLaMA tokenizer has and transformers takes where no config says otherwise.
 LLAMA_EOS = 2
@@ -51,6 +52,26 @@ def language_config(config: dict, generating: dict) -> LanguageConfig:
         bos=optional(config, "bos_token_id", int, None),
         eos=_eos(config, generating, kind, vocab),
     )
+
+
+# What transformers takes where generation_config.json samples and does not say.
+_SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+
+
+def default_sampling(generating: dict) -> Sampling:
+    """How tokens are chosen by a checkpoint's `generation_config.json`: greedy unless it says do_sample."""
+    where = "generation config"
+    penalty = positive(generating, "repetition_penalty", 1.0, where)
+    if not optional(generating, "do_sample", bool, False, where):
+        return Sampling(repetition_penalty=penalty)
+    kinds = {"temperature": (int, float), "top_k": int, "top_p": (int, float)}
+    found = {name: optional(generating, name, kinds[name], _SAMPLED[name], where) for name in kinds}
+    try:
+        return Sampling(
+            float(found["temperature"]), found["top_k"], float(found["top_p"]), repetition_penalty=penalty
+        )
+    except UhdError as error:
+        raise UhdError(f"{where} field {error}") from None
 
 
 def layer_count(config: dict, where: str = "config") -> int:

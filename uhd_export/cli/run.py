@@ -1,23 +1,24 @@
 """The command `run`."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from uhd_export.cli.command import Command, concern, option
 from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
 
-if TYPE_CHECKING:
-    from uhd_export.runtime.language.sampling import Sampling
-
 ANSWER = "Answer"
 
 
-def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) -> "Sampling":
-    from uhd_export.runtime.language.sampling import Sampling
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; None is as the bundle says."""
 
-    return Sampling(temperature, top_k, top_p, seed)
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
 
 @click.command(cls=Command)
@@ -36,18 +37,16 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
 )
 @concern(
     "sampling",
-    _sampling,
+    SamplingOptions,
     option(
         "--temperature",
-        default=0.0,
         type=click.FloatRange(0),
         metavar="T",
-        help="0 takes the likeliest token.",
+        help="0 takes the likeliest token; default: the bundle's, mostly 0.",
         section=ANSWER,
     ),
     option(
         "--top-k",
-        default=0,
         type=click.IntRange(0),
         metavar="K",
         help="Sample among the k likeliest; 0 means all.",
@@ -55,7 +54,6 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
     ),
     option(
         "--top-p",
-        default=1.0,
         type=click.FloatRange(0, 1, min_open=True),
         metavar="P",
         help="Sample among tokens that make up this share.",
@@ -70,7 +68,7 @@ def run(
     question: str | None,
     more: tuple[Path, ...],
     tokens: int,
-    sampling: "Sampling",
+    sampling: SamplingOptions,
     opening: PipelineOptions,
 ) -> None:
     """Ask BUNDLE about IMAGE; without QUESTION, ask several in a row."""
@@ -81,9 +79,10 @@ def run(
     with status("opening the image"):
         images = [open_image(path) for path in (image, *more)]
     with opening.open(bundle) as pipeline:
+        chosen = pipeline.settings.sampling.changed(**asdict(sampling))
         with status("cutting the image"):
             conversation = pipeline.converse(images)
         if question is None:
-            chat(pipeline, conversation, tokens=tokens, sampling=sampling)
+            chat(pipeline, conversation, tokens=tokens, sampling=chosen)
         else:
-            answer(pipeline, conversation, question, tokens=tokens, sampling=sampling)
+            answer(pipeline, conversation, question, tokens=tokens, sampling=chosen)

@@ -7,11 +7,12 @@ from support.refusals import one_line_error
 
 from uhd_export.checkpoint.config import mask_levels, parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
-from uhd_export.checkpoint.options import SourceOptions
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.source import locate
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators
+from uhd_export.runtime.language.sampling import Sampling
 
 TOWER = read_json(GOLDEN / "configs" / "clip.json")
 MISSING = object()
@@ -139,6 +140,39 @@ def test_the_generation_config_is_read(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     with pytest.raises(UhdError, match="generation config field eos_token_id"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "generating, sampling",
+    [
+        (None, Sampling()),
+        ({"temperature": 0.9, "top_p": 0.6}, Sampling()),
+        ({"do_sample": True}, Sampling(1.0, 50, 1.0)),
+        ({"do_sample": True, "temperature": 0.9, "top_p": 0.6}, Sampling(0.9, 50, 0.6)),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+            Sampling(0.7, 20, 0.8, repetition_penalty=1.05),
+        ),
+        ({"repetition_penalty": 1.2, "do_sample": False}, Sampling(repetition_penalty=1.2)),
+    ],
+)
+def test_the_generation_configs_sampling_is_the_default(generating, sampling):
+    parsed = parse_config(config(), TOWER, generating)
+    assert parsed.sampling == parsed.settings(ImageOptions()).sampling == sampling
+
+
+@pytest.mark.parametrize(
+    "generating",
+    [
+        {"do_sample": True, "top_p": 2},
+        {"repetition_penalty": 0},
+        {"do_sample": "yes"},
+        {"do_sample": True, "top_k": 1.5},
+    ],
+)
+def test_wrong_sampling_is_named(generating):
+    with pytest.raises(UhdError, match=f"generation config field {list(generating)[-1]}"):
+        parse_config(config(), TOWER, generating)
 
 
 def test_qwen2_needs_an_id_that_ends_a_text():

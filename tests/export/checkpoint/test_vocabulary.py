@@ -15,6 +15,7 @@ from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS
+from uhd_export.runtime.language.sampling import Sampling
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS, ROWS = 442, 464
@@ -32,6 +33,7 @@ def padded(tmp_path_factory):
     save_file(state, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS}))
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
     return folder
 
 
@@ -54,4 +56,6 @@ def test_rows_without_a_token_never_win(padded, tmp_path):
         with Pipeline.open(tmp_path / name) as pipeline:
             prompt = pipeline.input_ids("USER: <image>\nWhat is this? ASSISTANT:")
             answers.append(pipeline.logits(image, prompt))
+            sampling = Sampling(repetition_penalty=1.3 if source == padded else 1.0)
+            assert pipeline.settings.sampling == pipeline.generator.sampling == sampling
     assert np.array_equal(*answers) and answers[0].shape == (1, TOKENS)

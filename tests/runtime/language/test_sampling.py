@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.sampling import Sampling, greedy, probabilities, sample
+from uhd_export.runtime.language.sampling import Sampling, greedy, penalised, probabilities, sample
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32))
 TEMPERATURES = st.floats(0.05, 5)
@@ -160,3 +160,19 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature):
 def test_bad_settings_name_their_field(field, value):
     with pytest.raises(UhdError, match=f"^{field}: "):
         Sampling(**{field: value})
+
+
+def test_the_repetition_penalty_takes_from_the_tokens_of_the_answer():
+    logits = np.array([2.0, -1.0, 0.5, 3.0], np.float32)
+    harder = penalised(logits, [3, 1, 3], Sampling(repetition_penalty=2.0))
+    assert harder.tolist() == [2.0, -2.0, 0.5, 1.5] and greedy(harder) == 0
+    assert penalised(logits, [3], Sampling()) is logits
+    assert penalised(logits, [], Sampling(repetition_penalty=2.0)) is logits
+    with pytest.raises(UhdError, match="repetition_penalty: 0 is out of range"):
+        Sampling(repetition_penalty=0)
+
+
+def test_given_values_replace_the_defaults():
+    default = Sampling(0.9, 50, 0.6, repetition_penalty=1.1)
+    assert default.changed(temperature=0.0, top_k=None) == Sampling(0.0, 50, 0.6, repetition_penalty=1.1)
+    assert default.changed() == default
