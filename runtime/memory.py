@@ -1,13 +1,17 @@
 """Memory of this machine and this process, where the operating system tells."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -44,18 +48,34 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_apart(function: Callable[..., object], **arguments: object) -> int | None:
-    """The peak of a process of its own that does nothing but `function(**arguments)`.
+def resident_memory() -> int | None:
+    """Resident memory of this process now, in bytes; None where it is not known."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError, AttributeError):
+        return None
 
-    `function` is one of a module, the arguments go as JSON. None where the process failed, as for lack of
-    memory, or where the system does not tell.
+
+@dataclass(frozen=True)
+class Apart:
+    """What a function returned in a process of its own, and that process's peak of memory."""
+
+    result: Any
+    peak_bytes: int | None
+
+
+def run_apart(function: Callable[..., object], **arguments: object) -> Apart | None:
+    """`function(**arguments)` in a process of its own that does nothing else.
+
+    `function` is one of a module; arguments and result go as JSON. None where the process failed, as for
+    lack of memory.
     """
     code = (
         "import json, sys; from uhd_export.runtime.memory import peak_memory; "
         f"from {function.__module__} import {function.__name__} as function; "
-        "function(**json.load(sys.stdin)); print(json.dumps(peak_memory()))"
+        "result = function(**json.load(sys.stdin)); print(json.dumps([result, peak_memory()]))"
     )
     # Not multiprocessing, which would run the program again that this one is part of.
     command = [sys.executable, "-P", "-c", code]  # -P: nothing is imported from the current folder
     done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    return Apart(*json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None

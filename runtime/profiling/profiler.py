@@ -1,58 +1,66 @@
 """The profiler: where the time of one answer goes, by stage and grid mode, and what it takes in memory."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from uhd_export.runtime.bundle.manifest import Manifest, part_files
+from uhd_export.runtime.bundle.manifest import part_files
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.encoder import TOKENS
-from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.slicing import Size
-from uhd_export.runtime.language import prompt as prompts
-from uhd_export.runtime.language.sampling import greedy
-from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
-from uhd_export.runtime.memory import available_memory, peak_apart, peak_memory
+from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.pipeline import Pipeline
-from uhd_export.runtime.profiling import costs as flops
-from uhd_export.runtime.profiling.costs import Grid
-from uhd_export.runtime.profiling.machine import machine
+from uhd_export.runtime.profiling.apart import SWEEP, ColdStart, SweepPoint, cold_start, fits_apart, sweep
+from uhd_export.runtime.profiling.energy import EnergyMeter
+from uhd_export.runtime.profiling.evidence import TokenPoint, bundle_evidence, token_points
+from uhd_export.runtime.profiling.machine import OtherWork, machine, versions
+from uhd_export.runtime.profiling.rates import Rates, measure_rates
+from uhd_export.runtime.profiling.runs import (
+    FIRST_TOKEN,
+    Run,
+    planned_image,
+    question_sequences,
+    run_once,
+)
+from uhd_export.runtime.profiling.spread import Spread, is_steady, percentiles
 from uhd_export.runtime.profiling.stages import TRACED, VISION_STAGES, vision_shares
+from uhd_export.runtime.profiling.work import Work, stage_work
+from uhd_export.runtime.progress import Progress
 
-QUESTION = "What is shown in this image?"
+MOST_WARM_UPS = 5
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of repeated measurements, in seconds."""
+class ProfileOptions:
+    """What to measure: `repeats` runs of each of `grid_modes`, `tokens` decoded in each.
 
-    median: float
-    low: float
-    high: float
+    `device` and `threads` are those that the pipeline was opened with; traces and cold starts open the bundle
+    again. `sweep` measures images of several sizes as well.
+    """
 
-    @staticmethod
-    def of(samples: Sequence[float]) -> "Spread":
-        """Of `samples`; with one sample all three are equal."""
-        if len(samples) == 1:
-            return Spread(samples[0], samples[0], samples[0])
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return Spread(median, low, high)
+    size: Size
+    grid_modes: tuple[str, ...] = GRID_MODES
+    repeats: int = 5
+    tokens: int = 16
+    device: str | None = None
+    threads: int | None = None
+    sweep: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise UhdError where nothing would be measured."""
+        if self.repeats < 1 or self.tokens < 1:
+            raise UhdError(f"profile: {self.repeats} repeats of {self.tokens} tokens; use at least 1 of each")
 
 
 @dataclass(frozen=True)
 class StageProfile:
-    """One stage: seconds, and the FLOPs it does (None where they are not counted)."""
+    """One stage: seconds, and the FLOPs it does and bytes it moves at most (None where not counted)."""
 
     seconds: Spread
     flops: int | None
+    bytes: int | None = None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -64,15 +72,27 @@ class StageProfile:
 class ModeProfile:
     """One grid mode: "vit", "jbu" and "hiwin" are parts of "vision", and "decode" is one token.
 
-    `first_token` runs from the opened image to the first token. `peak_bytes` is the most resident memory of
-    a process that only opens the bundle and answers in this mode, None where not measured: see `_peak`.
+    `first_token` runs from the opened image to the first token. `cold` is a process that only opens the
+    bundle and answers in this mode, None where not measured. `joules` are of one answer, by source.
     """
 
     grid_mode: str
     stages: dict[str, StageProfile]
     first_token: Spread
-    tokens_per_second: float
-    peak_bytes: int | None
+    decode_percentiles: dict[str, float]
+    warm_ups: int
+    cold: ColdStart | None
+    joules: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded at the median."""
+        return 1 / self.stages["decode"].seconds.median
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most resident memory of a process that answers once."""
+        return None if self.cold is None else self.cold.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -90,10 +110,16 @@ class EngineMemory:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile_pipeline` measured, and on what."""
+    """What `profile_pipeline` measured, and on what.
+
+    `others` is the share of the machine's processors that was busy with something else meanwhile.
+    """
 
     bundle: str
     machine: dict[str, str]
+    versions: dict[str, str]
+    rates: Rates | None
+    others: float | None
     backend: str
     precision: dict[str, str]
     size: Size
@@ -108,131 +134,118 @@ class Profile:
     vision_split: bool
     engines: dict[str, EngineMemory]
     modes: tuple[ModeProfile, ...]
+    sweep: tuple[SweepPoint, ...]
+    token_points: tuple[TokenPoint, ...]
+    evidence: dict[str, Any]
 
 
 def profile_pipeline(
-    pipeline: Pipeline,
-    size: Size,
-    *,
-    grid_modes: Sequence[str] = GRID_MODES,
-    repeats: int = 5,
-    new_tokens: int = 16,
-    device: str | None = None,
-    threads: int | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    pipeline: Pipeline, options: ProfileOptions, progress: Progress = lambda done, total: None
 ) -> Profile:
-    """Time one question about a test image of `size` (width, height) in each grid mode.
+    """Time one question about a test image in each grid mode.
 
-    Each mode runs once to warm up and `repeats` times for the figures, in turn with the others, so that
-    a machine that slows down slows all of them; `new_tokens` are decoded each time, whatever they are.
-    `on_step` is called after every run (see `steps`). The time of the vision graph is divided into its
-    stages by a trace from a session of its own on `device` with `threads`.
+    Each mode warms up until a run is hardly faster than the one before, then runs in turn with the others, so
+    that a machine that slows down slows all of them. The time of the vision graph is divided into its stages
+    by a trace from a session of its own.
     """
-    device = device or default_device(pipeline.manifest.backend)
-    if repeats < 1 or new_tokens < 1:
-        raise UhdError(f"profile: {repeats} repeats of {new_tokens} tokens; use at least 1 of each")
-    sequences = _sequences(pipeline, size, grid_modes, new_tokens)
-    for sequence in sequences.values():
-        _run_once(pipeline, sequence, new_tokens)
-        on_step()
-    peaks: dict[str, int | None] = {}
-    runs: dict[str, list[dict[str, Any]]] = {grid_mode: [] for grid_mode in grid_modes}
-    for grid_mode in grid_modes:
-        peaks[grid_mode] = _peak(pipeline, size, grid_mode, new_tokens, device=device, threads=threads)
-        on_step()
-    for _ in range(repeats):
-        for grid_mode, sequence in sequences.items():
-            runs[grid_mode].append(_run_once(pipeline, sequence, new_tokens))
-            on_step()
+    device = options.device or default_device(pipeline.manifest.backend)
+    others, steps = OtherWork(), _Steps(options, progress)
+    sequences = question_sequences(pipeline, options.size, options.grid_modes, options.tokens)
+    warm = {mode: _warm_up(pipeline, sequence, options, steps) for mode, sequence in sequences.items()}
+    measured: dict[str, list[Run]] = {mode: [] for mode in sequences}
+    joules: dict[str, dict[str, float]] = {mode: {} for mode in sequences}
+    for _ in range(options.repeats):
+        for mode, sequence in sequences.items():
+            with EnergyMeter(device) as meter:
+                measured[mode].append(run_once(pipeline, sequence, options.tokens))
+            for source, amount in meter.joules.items():
+                joules[mode][source] = joules[mode].get(source, 0.0) + amount / options.repeats
+            steps.advance()
+    busy = others.share()
+    opening = _opening(pipeline, options, device)
     modes = []
-    for grid_mode, sequence in sequences.items():
-        shares = _vision_shares(pipeline, sequence, device=device, threads=threads)
-        modes.append(_summarise(pipeline, sequence, runs[grid_mode], shares, peaks[grid_mode]))
-        on_step()
+    for mode, sequence in sequences.items():
+        apart = fits_apart(device)
+        cold = (
+            cold_start(str(pipeline.folder), options.size, options.tokens, **{**opening, "grid_mode": mode})
+            if apart
+            else None
+        )
+        shares = _vision_shares(pipeline, sequence, device=device, threads=options.threads)
+        summary = _summarise(pipeline, sequence, measured[mode], shares)
+        modes.append(ModeProfile(mode, *summary, warm[mode], cold, joules[mode]))
+        steps.advance()
+    points: tuple[SweepPoint, ...] = ()
+    if options.sweep and fits_apart(device):
+        points = sweep(str(pipeline.folder), SWEEP, options.tokens, **opening)
+        steps.advance()
     manifest, cache = pipeline.manifest, pipeline.generator.decoder
-    planned = _planned_image(sequence)
+    planned = planned_image(sequence)
     return Profile(
         bundle=str(pipeline.folder),
-        machine=machine(device, threads),
+        machine=machine(device, options.threads),
+        versions=versions(),
+        rates=measure_rates(manifest.backend, device, options.threads),
+        others=busy,
         backend=manifest.backend,
         precision={"vision": manifest.precision.vision, "language": manifest.precision.language},
-        size=size,
+        size=options.size,
         crops=len(planned.plan.crop_sizes),
         visual_tokens=len(planned),
         positions=len(sequence),
-        repeats=repeats,
-        new_tokens=new_tokens,
+        repeats=options.repeats,
+        new_tokens=options.tokens,
         weight_bytes=sum(r.bytes for name, r in manifest.files.items() if name.split(".")[-1] in _WEIGHTS),
         kv_bytes=round(cache.kv_bytes * len(sequence) / cache.context),
         kv_bytes_allocated=cache.kv_bytes,
         vision_split=all(VISION_STAGES[0] in mode.stages for mode in modes),
         engines=_engines(pipeline),
         modes=tuple(modes),
+        sweep=points,
+        token_points=token_points(
+            pipeline.settings, side=manifest.model.projector.side, patch=manifest.model.vision.patch
+        ),
+        evidence=bundle_evidence(pipeline.folder, manifest),
     )
 
 
 _WEIGHTS = ("onnx", "data", "engine", "npy")
 
 
-def steps(grid_modes: Sequence[str], repeats: int) -> int:
-    """How often `profile_pipeline` calls `on_step`."""
-    return len(grid_modes) * (repeats + 3)
+class _Steps:
+    """How far the profile is: runs, counted with the warm-ups that a mode needs at least."""
+
+    def __init__(self, options: ProfileOptions, progress: Progress) -> None:
+        modes = len(options.grid_modes)
+        self._done, self._total = 0, modes * (options.repeats + 3) + options.sweep
+        self._progress = progress
+
+    def advance(self, *, unforeseen: bool = False) -> None:
+        """One more step is done."""
+        self._done, self._total = self._done + 1, self._total + unforeseen
+        self._progress(self._done, self._total)
 
 
-def answer_once(
-    bundle: str, size: Size, new_tokens: int, *, device: str, threads: int | None, **settings: Any
-) -> None:
-    """Open `bundle` with `settings` (see `Pipeline.open`) and answer as one run of the profile does."""
-    with Pipeline.open(bundle, device=device, threads=threads, **settings) as pipeline:
-        (sequence,) = _sequences(pipeline, size, [settings["grid_mode"]], new_tokens).values()
-        _run_once(pipeline, sequence, new_tokens)
+def _warm_up(pipeline: Pipeline, sequence: PromptSequence, options: ProfileOptions, steps: _Steps) -> int:
+    """Run until steady; the number of runs."""
+    seconds: list[float] = []
+    while not is_steady(seconds) and len(seconds) < MOST_WARM_UPS:
+        seconds.append(run_once(pipeline, sequence, options.tokens).first_token)
+        steps.advance(unforeseen=len(seconds) > 2)
+    return len(seconds)
 
 
-def _peak(
-    pipeline: Pipeline, size: Size, grid_mode: str, new_tokens: int, *, device: str, threads: int | None
-) -> int | None:
-    """The most resident memory of `answer_once` in mode `grid_mode`; None where it was not measured.
-
-    In a process of its own, because engines keep what other modes needed. It loads the bundle again: not
-    onto a GPU, and not where this process's peak says that there is no room for another.
-    """
-    room, needed = available_memory(), peak_memory()
-    if device != "cpu" or (room is not None and needed is not None and room < needed):
-        return None
-    return peak_apart(
-        answer_once,
-        bundle=str(pipeline.folder),
-        size=size,
-        new_tokens=new_tokens,
-        device=device,
-        threads=threads,
-        context=pipeline.generator.decoder.context,
-        grid_mode=grid_mode,
-        max_slices=pipeline.settings.max_slices,
-        resize=pipeline.settings.resize,
-    )
-
-
-def _sequences(
-    pipeline: Pipeline, size: Size, grid_modes: Sequence[str], new_tokens: int
-) -> dict[str, PromptSequence]:
-    """The same question in each grid mode; the pipeline's own mode stays as it was."""
-    image, before = pattern(*size), pipeline.settings
-    prompt = prompts.render(QUESTION, before.template)
-    sequences = {}
-    try:
-        for grid_mode in grid_modes:
-            pipeline.configure(grid_mode=grid_mode)
-            sequences[grid_mode] = pipeline.sequence(image, prompt)
-    finally:
-        pipeline.settings = before
-    positions, context = max(map(len, sequences.values())), pipeline.generator.decoder.context
-    if positions + new_tokens > context:
-        raise UhdError(
-            f"profile: {positions} positions and {new_tokens} tokens do not fit the context of {context}; "
-            "use a smaller --size or fewer --tokens"
-        )
-    return sequences
+def _opening(pipeline: Pipeline, options: ProfileOptions, device: str) -> dict[str, Any]:
+    """How another process opens the same pipeline; see `Pipeline.open`."""
+    settings = pipeline.settings
+    return {
+        "device": device,
+        "threads": options.threads,
+        "context": pipeline.generator.decoder.context,
+        "grid_mode": settings.grid_mode,
+        "max_slices": settings.max_slices,
+        "resize": settings.resize,
+    }
 
 
 def _engines(pipeline: Pipeline) -> dict[str, EngineMemory]:
@@ -252,7 +265,7 @@ def _vision_shares(
     backend = pipeline.manifest.backend
     if backend not in TRACED:
         return {}
-    planned = _planned_image(sequence)
+    planned = planned_image(sequence)
     batches = pipeline.encoder.batches(cut(planned.image, planned.plan), planned.grid_mode)
     feeds = [feeds for _, feeds in batches]
     path = pipeline.folder / part_files(backend)[0]
@@ -260,85 +273,23 @@ def _vision_shares(
 
 
 def _summarise(
-    pipeline: Pipeline,
-    sequence: PromptSequence,
-    runs: Sequence[dict[str, Any]],
-    shares: Mapping[str, float],
-    peak: int | None,
-) -> ModeProfile:
-    """The figures of one mode from what `_run_once` returned each time."""
-    planned = _planned_image(sequence)
-    seconds = {name: Spread.of([run[name] for run in runs]) for name in ("pixels", "vision", "prefill")}
-    decode = Spread.of([step for run in runs for step in run["decode"]])
-    costs = _flops(planned.plan.patch_grids, pipeline.manifest, len(sequence), planned.grid_mode)
+    pipeline: Pipeline, sequence: PromptSequence, runs: Sequence[Run], shares: Mapping[str, float]
+) -> tuple[dict[str, StageProfile], Spread, dict[str, float]]:
+    """Stages, time to the first token and percentiles of the decode steps of one mode's runs."""
+    planned = planned_image(sequence)
+    seconds = {name: Spread.of([run.seconds(name) for run in runs]) for name in FIRST_TOKEN}
+    steps = [step for run in runs for step in run.steps]
+    work = stage_work(planned.plan.patch_grids, pipeline.manifest, len(sequence), planned.grid_mode)
     stages = {"pixels": StageProfile(seconds["pixels"], None)}
-    vision = sum(costs[stage] for stage in VISION_STAGES)
-    stages["vision"] = StageProfile(seconds["vision"], vision)
+    stages["vision"] = _stage(seconds["vision"], work["vision"])
     for stage, share in shares.items():
         if share > 0:
             # One figure without a spread: that of the whole says nothing of the shares.
-            part = Spread.of([seconds["vision"].median * share])
-            stages[stage] = StageProfile(part, costs[stage])
-    stages["prefill"] = StageProfile(seconds["prefill"], costs["prefill"])
-    stages["decode"] = StageProfile(decode, costs["decode"])
-    first = Spread.of([run["pixels"] + run["vision"] + run["prefill"] for run in runs])
-    return ModeProfile(planned.grid_mode, stages, first, 1 / decode.median, peak)
+            stages[stage] = _stage(Spread.of([seconds["vision"].median * share]), work[stage])
+    stages["prefill"] = _stage(seconds["prefill"], work["prefill"])
+    stages["decode"] = _stage(Spread.of(steps), work["decode"])
+    return stages, Spread.of([run.first_token for run in runs]), percentiles(steps)
 
 
-def _run_once(pipeline: Pipeline, sequence: PromptSequence, new_tokens: int) -> dict[str, Any]:
-    """Seconds of each stage of one answer with nothing cached but geometry; `decode` is a list."""
-    pipeline.forget()
-    planned = _planned_image(sequence)
-    clock = time.perf_counter
-    start = clock()
-    batches = list(pipeline.encoder.batches(cut(planned.image, planned.plan), planned.grid_mode))
-    pixels = clock()
-    tokens: list[NDArray[Any]] = [np.empty(0)] * len(planned.plan.crop_sizes)
-    for members, feeds in batches:
-        for index, result in zip(members, pipeline.vision.infer(feeds)[TOKENS], strict=True):
-            tokens[index] = result
-    vision = clock()
-    pipeline.images.add(planned, tokens)
-    token = greedy(pipeline.generator.prefill(sequence))
-    prefill = clock()
-    decode = []
-    for _ in range(new_tokens):
-        begun = clock()
-        token = greedy(pipeline.generator.step(token))
-        decode.append(clock() - begun)
-    return {
-        "pixels": pixels - start,
-        "vision": vision - pixels,
-        "prefill": prefill - vision,
-        "decode": decode,
-    }
-
-
-def _planned_image(sequence: PromptSequence) -> PlannedImage:
-    return next(s.content for s in sequence.segments if isinstance(s.content, PlannedImage))
-
-
-def _flops(grids: Sequence[Grid], manifest: Manifest, positions: int, grid_mode: str) -> dict[str, int]:
-    """FLOPs by stage of the graphs in the bundle.
-
-    Without folding, the projector and the JBU's last fix-up are the released computation, but crops
-    are not padded, the last ViT layer is gone and logits are for the last position only.
-    """
-    model, folded = manifest.model, manifest.fold
-    parts: dict[str, flops.Parts] = {
-        "vit": flops.vit(grids, model.vision, folded=True),
-        "jbu": flops.jbu(grids, model.projector, folded=folded),
-        "prefill": flops.prefill(model.language, positions, folded=True),
-        "decode": flops.decode(model.language, positions),
-    }
-    counts = {stage: flops.total(work).flops for stage, work in parts.items()}
-    # Crops of one shape are a batch of their own: none is padded to another's windows.
-    counts["hiwin"] = sum(
-        flops.total(
-            flops.projector(
-                [g for g in grids if g == shape], model.projector, folded=folded, grid_mode=grid_mode
-            )
-        ).flops
-        for shape in dict.fromkeys(grids)
-    )
-    return counts
+def _stage(seconds: Spread, work: Work) -> StageProfile:
+    return StageProfile(seconds, work.flops, work.bytes)

@@ -21,8 +21,9 @@ from uhd_export.runtime.bundle.manifest import (
 from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.engines.tensorrt.record import plan_memory, read_record
 from uhd_export.runtime.progress import progress_bar
+from uhd_export.runtime.terminal.console import output
 from uhd_export.runtime.terminal.quality_report import print_quality as print_quality
-from uhd_export.runtime.terminal.report import format_bytes
+from uhd_export.runtime.units import format_bytes
 
 
 def describe_bundle(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def check_files(folder: Path, reason: str) -> None:
 
 def print_bundle(folder: Path, manifest: Manifest, console: Console | None = None) -> None:
     """Print what the bundle in `folder` holds, for people."""
-    console = console or Console()
+    console = console or output()
     model, settings, source = manifest.model, manifest.settings, manifest.source
     longest = "as it is"
     if settings.resize:
@@ -126,7 +127,7 @@ def print_parity(
     built: Sequence[Parity], measured: Sequence[Parity] = (), console: Console | None = None
 ) -> None:
     """Print each table of differences, as built and, where there is one, as measured now."""
-    console = console or Console()
+    console = console or output()
     if not built and not measured:
         console.print("parity: not measured at build")
         return

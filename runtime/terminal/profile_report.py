@@ -1,23 +1,18 @@
 """The profile as tables, next to the paper's figures and what those measure."""
 
-from dataclasses import asdict
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from uhd_export.runtime.profiling.profiler import EngineMemory, ModeProfile, Profile, Spread
-from uhd_export.runtime.terminal.report import format_bytes
+from uhd_export.runtime.profiling.compare import Comparison
+from uhd_export.runtime.profiling.facts import warnings
+from uhd_export.runtime.profiling.paper import PAPER, PAPER_NOTE
+from uhd_export.runtime.profiling.profiler import EngineMemory, ModeProfile, Profile
+from uhd_export.runtime.profiling.spread import Spread
+from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.units import format_bytes
 
-# LLaVA-UHD v2, Table 4: hours of training, seconds of latency, gigabytes.
-PAPER = {"selective": (27.7, 0.54, 39.4), "fix": (26.9, 0.62, 41.7), "pyramid": (62.4, 1.26, 60.3)}
-PAPER_NOTE = (
-    "The paper's Table 4: period and memory are of fine-tuning on 8 x A100; only the latency is of "
-    "inference, of a 1008x672 image on one A100, without its type, software or number of tokens. The "
-    "ratios of its FLOPs fit one forward pass, so it is set beside the time to the first token."
-)
 MEMORY_NOTE = (
     "Peak memory is of a process of its own for each mode, weights and image included, that opens the bundle "
     "and answers once."
@@ -38,25 +33,9 @@ _NAMES = {
 }
 
 
-def describe_profile(profile: Profile) -> dict[str, Any]:
-    """The profile ready for JSON, seconds, bytes and FLOPs as numbers, with the paper's rows."""
-    facts = asdict(profile)
-    for mode, record in zip(profile.modes, facts["modes"], strict=True):
-        for name, stage in mode.stages.items():
-            record["stages"][name]["flops_per_second"] = stage.flops_per_second
-    facts["paper"] = {
-        "note": PAPER_NOTE,
-        "rows": {
-            grid_mode: {"training_hours": hours, "latency_seconds": latency, "training_gigabytes": gigabytes}
-            for grid_mode, (hours, latency, gigabytes) in PAPER.items()
-        },
-    }
-    return facts
-
-
 def print_profile(profile: Profile, console: Console | None = None) -> None:
     """Print the profile for people."""
-    console = console or Console()
+    console = console or output()
     machine = profile.machine
     console.print(
         f"{escape(profile.bundle)}: {profile.backend}, vision {profile.precision['vision']}, language "
@@ -65,23 +44,57 @@ def print_profile(profile: Profile, console: Console | None = None) -> None:
     )
     console.print(
         f"image {profile.size[0]}x{profile.size[1]}: {profile.crops} crops, {profile.visual_tokens} visual "
-        f"tokens, {profile.positions} positions; {profile.repeats} runs after a warm-up: median, and "
+        f"tokens, {profile.positions} positions; {profile.repeats} runs once steady: median, and "
         "half the distance between the quartiles in percent of it"
     )
     console.print(_times(profile))
     console.print(_work(profile))
     console.print(_modes(profile))
+    for mode in profile.modes:
+        console.print(_rest(mode))
+    if profile.rates is not None:
+        rates = profile.rates
+        console.print(
+            f"the machine itself: {rates.flops_per_second / 1e9:,.0f} GFLOP/s, "
+            f"{rates.bytes_per_second / 1e9:,.1f} GB/s ({rates.how})"
+        )
     console.print(
         f"weights {format_bytes(profile.weight_bytes)}; KV cache {format_bytes(profile.kv_bytes)} for "
         f"{profile.positions} positions, {format_bytes(profile.kv_bytes_allocated)} allocated"
     )
     for name, memory in profile.engines.items():
         console.print(_engine(name, memory))
+    for warning in warnings(profile):
+        console.print(f"[yellow]{escape(warning)}[/yellow]")
     if any(mode.peak_bytes is not None for mode in profile.modes):
         console.print(f"[dim]{MEMORY_NOTE}[/dim]")
     console.print(f"[dim]{PAPER_NOTE}[/dim]")
     if profile.vision_split:
         console.print(f"[dim]{SPLIT_NOTE}[/dim]")
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the ratios for people."""
+    console = console or output()
+    how = "in turns" if comparison.paired else "each when it was profiled: a drift of the machine is in here"
+    console.print(f"A {escape(comparison.first)}\nB {escape(comparison.second)}\nrun {how}", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("milliseconds")
+    for name in ("A", "B", "B / A", "95 % interval", ""):
+        table.add_column(name, justify="right")
+    for ratio in comparison.ratios:
+        interval = "" if ratio.interval is None else f"{ratio.interval[0]:.3f} to {ratio.interval[1]:.3f}"
+        verdict = ("B faster" if ratio.ratio < 1 else "A faster") if ratio.certain else "no difference shown"
+        name = _NAMES.get(ratio.stage, "to the first token").strip()
+        table.add_row(
+            f"{ratio.grid_mode}: {name}",
+            f"{ratio.first * 1e3:,.1f}",
+            f"{ratio.second * 1e3:,.1f}",
+            f"{ratio.ratio:.3f}",
+            interval,
+            verdict,
+        )
+    console.print(table)
 
 
 def _times(profile: Profile) -> Table:
@@ -123,7 +136,7 @@ def _modes(profile: Profile) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("\ngrid", no_wrap=True)
     ours = ("first\ntoken, ms", "\ntokens/s", "peak\nmemory")
-    for name in (*ours, "paper's\nlatency", "training\nperiod", "training\nmemory"):
+    for name in (*ours, "paper's\nlatency", "\nperiod", "\nmemory"):
         table.add_column(name, justify="right", no_wrap=True)
     for mode in profile.modes:
         table.add_row(*_mode_cells(mode))
@@ -142,6 +155,20 @@ def _mode_cells(mode: ModeProfile) -> list[str]:
         f"{hours:.1f} h",
         f"{gigabytes:.1f} GB",
     ]
+
+
+def _rest(mode: ModeProfile) -> str:
+    """Percentiles of a token, the cold start, and energy where the machine tells."""
+    steps = ", ".join(f"{name} {value * 1e3:,.1f}" for name, value in mode.decode_percentiles.items())
+    text = f"{mode.grid_mode}: a token {steps} ms"
+    if mode.cold is not None:
+        text += (
+            f"; cold start: open {mode.cold.open_seconds:,.2f} s, first token after "
+            f"{mode.cold.first_token_seconds:,.2f} s"
+        )
+    for source, joules in mode.joules.items():
+        text += f"; {joules:,.1f} J an answer ({source})"
+    return text
 
 
 def _engine(name: str, memory: EngineMemory) -> str:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Manifest
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.terminal.report import format_bytes
+from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.units import format_bytes
 
 _WORST = 5
 
@@ -25,7 +26,7 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
         lines, table = summary_lines(report), worst_linears(report)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UhdError(f"{path}: not a quality report ({error}); quantize the checkpoint again") from None
-    console = console or Console()
+    console = console or output()
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(table)

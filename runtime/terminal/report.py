@@ -21,6 +21,8 @@ from uhd_export.runtime.profiling.costs import (
     stage_costs,
     total,
 )
+from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.units import format_bytes
 
 # Text positions of the cost estimate: the vicuna_v1 template around a short question.
 TEXT_TOKENS = 52
@@ -100,7 +102,7 @@ def print_json(facts: dict[str, Any]) -> None:
 
 def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
     """Print the facts of `describe_plan` as tables."""
-    console = console or Console()
+    console = console or output()
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -146,11 +148,3 @@ def _crop(crop: dict[str, Any]) -> str:
     return (
         f"{_size(crop['size'])} ({_size(crop['patches'])} patches, {crop['keys_per_window']} keys a window)"
     )
-
-
-def format_bytes(count: int) -> str:
-    """`count` bytes in the decimal unit that suits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1e3:.1f} kB"

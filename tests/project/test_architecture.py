@@ -25,6 +25,7 @@ INSIDE = {
         ("pipeline", "conversation"),
         ("profiling",),
         ("terminal",),
+        ("report",),
         ("serving",),
         ("runtime",),
     ),

@@ -19,7 +19,7 @@ from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.memory import available_memory
 from uhd_export.runtime.pipeline import Pipeline
 from uhd_export.runtime.progress import Bar, progress_bar
-from uhd_export.runtime.terminal.report import format_bytes
+from uhd_export.runtime.units import format_bytes
 
 # A 500x336 image makes two 280x378 slices and a 406x266 overview: no crop is square.
 SIZE = (500, 336)

@@ -10,7 +10,7 @@ from uhd_export.checkpoint.fields import optional, read_json
 from uhd_export.runtime.bundle.manifest import MANIFEST
 from uhd_export.runtime.errors import UhdError, is_disk_full
 from uhd_export.runtime.files import sync
-from uhd_export.runtime.terminal.report import format_bytes
+from uhd_export.runtime.units import format_bytes
 
 
 @contextmanager

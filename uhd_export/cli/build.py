@@ -71,7 +71,7 @@ def build(
     """Build a bundle from CHECKPOINT: a folder, a Hugging Face hub id, or nano."""
     from uhd_export.bundle.build import build_bundle
     from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
-    from uhd_export.runtime.terminal.report import format_bytes
+    from uhd_export.runtime.units import format_bytes
 
     quantize = _quantizer(source, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built

@@ -17,7 +17,7 @@ from uhd_export.runtime.errors import UhdError, explain
 def check(bundle: Path, checkpoint: str | None) -> None:
     """Verify every file of BUNDLE, and measure its parity with the checkpoint again."""
     from uhd_export.runtime.terminal.bundle_report import check_files, print_parity, print_quality
-    from uhd_export.runtime.terminal.report import format_bytes
+    from uhd_export.runtime.units import format_bytes
 
     try:
         from uhd_export.bundle.check import check_bundle

@@ -1,58 +1,190 @@
 """The command `profile`."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from uhd_export.cli.command import Command, concern, option
-from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, json_option, machine_options
+from uhd_export.cli.options import COUNT, PipelineOptions, json_option, machine_options
 from uhd_export.runtime.choices import GRID_MODES
+from uhd_export.runtime.errors import UhdError
+
+_FILES, _OTHERS = "Files", "Instead of one bundle"
+_FILE = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write, None for those that are not."""
+
+    html: Path | None = None
+    csv: Path | None = None
+    trace: Path | None = None
+
+    def check(self) -> None:
+        """Raise UhdError, before anything is measured, where one could not be written."""
+        for name, path in vars(self).items():
+            if path is not None and not path.absolute().parent.is_dir():
+                raise UhdError(f"--{name} {path}: there is no folder {path.parent}")
+        if self.html is not None:
+            from uhd_export.runtime.report.charts import draw
+
+            draw({"data": {"values": []}, "mark": "bar"})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure, as it is typed; see `ProfileOptions`."""
+
+    size: str
+    repeats: int
+    tokens: int
+    grid_modes: tuple[str, ...]
 
 
 @click.command(cls=Command)
-@bundle_argument
-@option("--size", default="1008x672", metavar="WIDTHxHEIGHT", help="Image size.")
-@option("--repeats", default=5, type=COUNT, metavar="N", help="Measured runs of each grid mode.")
-@option("--tokens", default=16, type=COUNT, metavar="N", help="Tokens decoded in each run.")
+@click.argument("bundle", required=False, type=_FILE)
+@concern(
+    "measurement",
+    Measurement,
+    option("--size", default="1008x672", metavar="WIDTHxHEIGHT", help="Image size."),
+    option("--repeats", default=5, type=COUNT, metavar="N", help="Measured runs of each grid mode."),
+    option("--tokens", default=16, type=COUNT, metavar="N", help="Tokens decoded in each run."),
+    option(
+        "--grid",
+        "grid_modes",
+        multiple=True,
+        type=click.Choice(GRID_MODES),
+        help="Repeatable; default: all three.",
+    ),
+)
+@concern(
+    "outputs",
+    Outputs,
+    option("--html", type=_FILE, metavar="FILE", help="A page with charts; measures more.", section=_FILES),
+    option("--csv", type=_FILE, metavar="FILE", help="A row a stage, for spreadsheets.", section=_FILES),
+    option(
+        "--trace", type=_FILE, metavar="FILE", help="One answer's time line, for Perfetto.", section=_FILES
+    ),
+)
 @option(
-    "--grid",
-    "grid_modes",
-    multiple=True,
-    type=click.Choice(GRID_MODES),
-    help="Repeatable; default: all three.",
+    "--compare",
+    nargs=2,
+    type=_FILE,
+    metavar="A B",
+    help="Two bundles, run in turns, or two files of --json.",
+    section=_OTHERS,
 )
 @concern("opening", PipelineOptions, *machine_options)
 @json_option
 def profile(
-    bundle: Path,
-    size: str,
-    repeats: int,
-    tokens: int,
-    grid_modes: tuple[str, ...],
+    bundle: Path | None,
+    measurement: Measurement,
+    outputs: Outputs,
+    compare: tuple[Path, Path] | None,
     opening: PipelineOptions,
     as_json: bool,
 ) -> None:
-    """Time BUNDLE by stage and grid mode, next to the paper's figures."""
-    from uhd_export.runtime.image.pixels import source_size
-    from uhd_export.runtime.profiling import profiler
+    """Time BUNDLE by stage and grid mode, next to the paper's figures.
+
+    BUNDLE may be a file that --json wrote: then nothing is measured, and --html and --csv are made of it.
+    """
+    if sum(given is not None for given in (bundle, compare)) != 1:
+        raise UhdError("profile: give a bundle, or --compare with two")
+    outputs.check()
+    if compare is not None:
+        _compare(compare, measurement, outputs, opening, as_json)
+        return
+    assert bundle is not None
+    if bundle.is_file():
+        from uhd_export.runtime.profiling.facts import read_profile
+
+        if outputs.trace is not None:
+            raise UhdError(f"--trace: needs a bundle that runs; {bundle} is a profile's file")
+        _write(read_profile(bundle), outputs)
+        return
+    facts = _profile(bundle, measurement, outputs, opening, as_json)
+    _write(facts, outputs)
+
+
+def _profile(
+    bundle: Path, measurement: Measurement, outputs: Outputs, opening: PipelineOptions, as_json: bool
+) -> dict[str, Any]:
+    """Measure and print; the facts."""
+    from uhd_export.runtime.profiling.facts import describe_profile
+    from uhd_export.runtime.profiling.profiler import profile_pipeline
+    from uhd_export.runtime.profiling.trace import write_trace
     from uhd_export.runtime.progress import progress_bar
-    from uhd_export.runtime.terminal import profile_report
+    from uhd_export.runtime.terminal.profile_report import print_profile
     from uhd_export.runtime.terminal.report import print_json
 
-    modes = grid_modes or GRID_MODES
-    steps = profiler.steps(modes, repeats)
-    with opening.open(bundle) as pipeline, progress_bar("profile", steps) as bar:
-        measured = profiler.profile_pipeline(
-            pipeline,
-            source_size(size),
-            grid_modes=modes,
-            repeats=repeats,
-            new_tokens=tokens,
-            device=opening.device,
-            threads=opening.threads,
-            on_step=bar.advance,
-        )
+    options = _options(measurement, opening, sweep=outputs.html is not None)
+    with opening.open(bundle) as pipeline:
+        with progress_bar("profile") as bar:
+            measured = profile_pipeline(pipeline, options, bar.set)
+        if outputs.trace is not None:
+            write_trace(pipeline, options, outputs.trace)
+    facts = describe_profile(measured)
     if as_json:
-        print_json(profile_report.describe_profile(measured))
+        print_json(facts)
     else:
-        profile_report.print_profile(measured)
+        print_profile(measured)
+    return facts
+
+
+def _options(measurement: Measurement, opening: PipelineOptions, *, sweep: bool = False) -> Any:
+    from uhd_export.runtime.image.pixels import source_size
+    from uhd_export.runtime.profiling.profiler import ProfileOptions
+
+    return ProfileOptions(
+        source_size(measurement.size),
+        measurement.grid_modes or GRID_MODES,
+        measurement.repeats,
+        measurement.tokens,
+        opening.device,
+        opening.threads,
+        sweep,
+    )
+
+
+def _compare(
+    pair: tuple[Path, Path],
+    measurement: Measurement,
+    outputs: Outputs,
+    opening: PipelineOptions,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from uhd_export.runtime.profiling.compare import compare
+    from uhd_export.runtime.progress import progress_bar
+    from uhd_export.runtime.terminal.profile_report import print_comparison
+    from uhd_export.runtime.terminal.report import print_json
+
+    for name, path in vars(outputs).items():
+        if path is not None:
+            raise UhdError(f"--{name}: is of one profile; leave it out with --compare")
+    with progress_bar("compare") as bar:
+        comparison = compare(*pair, _options(measurement, opening), bar.set)
+    if as_json:
+        print_json(asdict(comparison))
+    else:
+        print_comparison(comparison)
+
+
+def _write(facts: dict[str, Any], outputs: Outputs) -> None:
+    from uhd_export.runtime.files import write_file
+
+    if outputs.html is not None:
+        from uhd_export.runtime.report.page import profile_page
+
+        write_file(outputs.html, profile_page(facts))
+    if outputs.csv is not None:
+        from uhd_export.runtime.report.table import profile_csv
+
+        write_file(outputs.csv, profile_csv(facts))
+    for path in vars(outputs).values():
+        if path is not None:
+            click.echo(f"written: {path}", err=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from uhd_export.runtime.serving.evaluation.evaluate import Comparison, Evaluation
 from uhd_export.runtime.serving.evaluation.statistics import Estimate
+from uhd_export.runtime.terminal.console import output
 
 NAMES = {
     "exact": "exact match",
@@ -52,7 +52,7 @@ def show(
             table.add_row("", other_bundle.name, *_cells(other.measures[name]))
             change = f"difference: {comparison.better[name]} better, {comparison.worse[name]} worse"
             table.add_row("", change, *_cells(comparison.difference[name], "+"), end_section=True)
-    console = Console()
+    console = output()
     console.print(table)
     console.print("intervals: questions drawn again (bootstrap)", style="dim")
     if evaluation.failed:

@@ -14,11 +14,19 @@ from support.memory_hog import take
 from uhd_export.runtime import memory
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
-from uhd_export.runtime.memory import available_memory, peak_apart, peak_memory
+from uhd_export.runtime.memory import available_memory, peak_memory, run_apart
 from uhd_export.runtime.profiling.costs import keys_per_window
-from uhd_export.runtime.profiling.profiler import EngineMemory, Spread, StageProfile, profile_pipeline, steps
+from uhd_export.runtime.profiling.facts import describe_profile
+from uhd_export.runtime.profiling.paper import PAPER
+from uhd_export.runtime.profiling.profiler import (
+    EngineMemory,
+    ProfileOptions,
+    StageProfile,
+    profile_pipeline,
+)
+from uhd_export.runtime.profiling.spread import Spread
 from uhd_export.runtime.profiling.stages import stage_shares, vision_shares
-from uhd_export.runtime.terminal.profile_report import PAPER, describe_profile, print_profile
+from uhd_export.runtime.terminal.profile_report import print_profile
 
 PARTS = ["vit", "jbu", "hiwin"]
 STAGES = ["pixels", "vision", *PARTS, "prefill", "decode"]
@@ -26,12 +34,16 @@ STAGES = ["pixels", "vision", *PARTS, "prefill", "decode"]
 
 @pytest.fixture(scope="module")
 def measured(pipeline):
-    counted = []
-    profile = profile_pipeline(
-        pipeline, (500, 336), repeats=2, new_tokens=3, threads=1, on_step=lambda: counted.append(1)
-    )
-    assert len(counted) == steps(("selective", "fix", "pyramid"), 2)
+    told = []
+    options = ProfileOptions((500, 336), repeats=2, tokens=3, threads=1)
+    profile = profile_pipeline(pipeline, options, lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1], "the bar does not end full"
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
     return profile
+
+
+def profiled(pipeline, size=(200, 200), *, grid_modes=("fix",), repeats=1, tokens=1, **options):
+    return profile_pipeline(pipeline, ProfileOptions(size, grid_modes, repeats, tokens, **options))
 
 
 def printed(profile, width=200):
@@ -98,7 +110,7 @@ def test_report_holds_our_rows_and_the_papers(measured):
 def test_backends_without_traces_show_the_vision_graph_whole(pipeline, monkeypatch):
     other = dataclasses.replace(pipeline.manifest, backend="abacus")
     monkeypatch.setattr(pipeline, "manifest", other)
-    profile = profile_pipeline(pipeline, (200, 200), grid_modes=["fix"], repeats=1, new_tokens=1)
+    profile = profiled(pipeline)
     assert list(profile.modes[0].stages) == ["pixels", "vision", "prefill", "decode"]
     assert not profile.vision_split
     assert "separate session" not in printed(profile)
@@ -107,12 +119,12 @@ def test_backends_without_traces_show_the_vision_graph_whole(pipeline, monkeypat
 def test_bad_requests(pipeline, golden_bundle):
     for options, message in (
         ({"repeats": 0}, "at least 1"),
-        ({"new_tokens": 0}, "at least 1"),
-        ({"grid_modes": ["round"]}, "grid mode 'round'"),
-        ({"new_tokens": 4096}, "do not fit the context"),
+        ({"tokens": 0}, "at least 1"),
+        ({"grid_modes": ("round",)}, "grid mode 'round'"),
+        ({"tokens": 4096}, "do not fit the context"),
     ):
         with pytest.raises(UhdError, match=message):
-            profile_pipeline(pipeline, (200, 200), **options)
+            profiled(pipeline, **options)
 
 
 def test_shares_of_a_real_trace(pipeline, golden_bundle):
@@ -171,6 +183,7 @@ def test_shares_of_a_made_up_trace():
 def test_spread_is_ordered(samples):
     spread = Spread.of(samples)
     assert min(samples) <= spread.low <= spread.median <= spread.high <= max(samples)
+    assert (spread.interval is None) == (len(samples) < 3)
 
 
 def test_rate_needs_flops():
@@ -182,7 +195,7 @@ def test_rate_needs_flops():
 @pytest.mark.slow
 def test_peaks_do_not_depend_on_the_other_modes(measured, pipeline):
     peaks = {mode.grid_mode: mode.peak_bytes for mode in measured.modes}
-    alone = profile_pipeline(pipeline, (500, 336), grid_modes=["pyramid"], repeats=1, new_tokens=3, threads=1)
+    alone = profiled(pipeline, (500, 336), grid_modes=("pyramid",), tokens=3, threads=1)
     assert peaks["pyramid"] == pytest.approx(alone.modes[0].peak_bytes, rel=0.03)
     # The difference is their features' alone, whatever the order.
     assert min(peaks.values()) == pytest.approx(max(peaks.values()), rel=0.1)
@@ -192,17 +205,17 @@ def test_peaks_do_not_depend_on_the_other_modes(measured, pipeline):
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="macOS counts what the parent had")
 def test_peak_of_another_process(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(memory_hog.__file__).parents[1]))
-    small, large = (peak_apart(take, megabytes=size) for size in (1, 65))
+    small, large = (run_apart(take, megabytes=size).peak_bytes for size in (1, 65))
     assert large - small == pytest.approx(64 << 20, rel=0.1)
     held = np.ones(256 << 20, np.uint8)
-    assert peak_apart(take, megabytes=1) == pytest.approx(small, rel=0.1)
+    assert run_apart(take, megabytes=1).peak_bytes == pytest.approx(small, rel=0.1)
     assert peak_memory() > held.nbytes
-    assert peak_apart(take, gigabytes=1) is None
+    assert run_apart(take, gigabytes=1) is None
 
 
 def test_peaks_are_left_out_where_another_copy_does_not_fit(pipeline, monkeypatch):
-    monkeypatch.setattr("uhd_export.runtime.profiling.profiler.available_memory", lambda: 1 << 20)
-    profile = profile_pipeline(pipeline, (200, 200), grid_modes=["fix"], repeats=1, new_tokens=1)
+    monkeypatch.setattr("uhd_export.runtime.profiling.apart.available_memory", lambda: 1 << 20)
+    profile = profiled(pipeline)
     assert profile.modes[0].peak_bytes is None
     assert "not taken" in printed(profile) and "process of its own" not in printed(profile)
 
@@ -213,7 +226,7 @@ def test_engines_on_a_device_show_their_own_figures(measured, pipeline, monkeypa
     on_device = type("OnDevice", (type(pipeline.vision),), {"device_bytes": 2_000_000})
     monkeypatch.setattr(pipeline.vision, "__class__", on_device)
     monkeypatch.setattr(pipeline.vision, "weight_bytes", 5_000_000)
-    profile = profile_pipeline(pipeline, (200, 200), grid_modes=["fix"], repeats=1, new_tokens=1)
+    profile = profiled(pipeline)
     assert profile.engines == {"vision": EngineMemory(5_000_000, 2_000_000, None)}
     assert "vision engine on the device: weights 5.00 MB, 2.00 MB beside them" in printed(profile)
     scratch = {"vision": EngineMemory(5_000_000, 2_000_000, 7_000_000)}

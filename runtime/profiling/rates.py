@@ -1,0 +1,106 @@
+"""What the machine can do at best, measured by the backend itself in a second or two.
+
+One product of matrices, in ONNX Runtime: a square one is bound by arithmetic, a vector times a matrix larger
+than the caches by memory, which is how a decoder's step reads its weights.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uhd_export.runtime.errors import UhdError
+
+_REPEATS = 4
+# ONNX's numbers of the types, and the sizes on a processor and on a GPU.
+_FLOAT, _FLOAT16 = 1, 10
+_SQUARE = {"cpu": 1536, "cuda": 8192}
+_VECTOR = {"cpu": (4096, 16384), "cuda": (16384, 32768)}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs and bytes a second, the best of a few runs; `how` says of what."""
+
+    flops_per_second: float
+    bytes_per_second: float
+    how: str
+
+
+@functools.cache
+def measure_rates(backend: str, device: str, threads: int | None) -> Rates | None:
+    """Of `device` with `threads`; None where ONNX Runtime, which measures them, is not what runs there."""
+    if backend != "onnxruntime":
+        return None
+    kind = "cpu" if device == "cpu" else "cuda"
+    dtype = np.dtype(np.float32 if kind == "cpu" else np.float16)
+    side, (inner, columns) = _SQUARE[kind], _VECTOR[kind]
+    try:
+        session = _session(kind, dtype, threads)
+        square = _best(session, kind, dtype, side, side, side)
+        vector = _best(session, kind, dtype, 1, inner, columns)
+    except (ImportError, UhdError, RuntimeError, MemoryError):
+        return None
+    return Rates(
+        2 * side**3 / square,
+        inner * columns * dtype.itemsize / vector,
+        f"ONNX Runtime's {dtype} MatMul: {side} x {side} x {side}, and a vector times "
+        f"{inner * columns * dtype.itemsize / 1e6:,.0f} MB",
+    )
+
+
+def _session(kind: str, dtype: np.dtype[Any], threads: int | None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    provider = "CPUExecutionProvider" if kind == "cpu" else "CUDAExecutionProvider"
+    return ort.InferenceSession(_product(dtype), options, providers=[provider])
+
+
+def _best(session: Any, kind: str, dtype: np.dtype[Any], rows: int, inner: int, columns: int) -> float:
+    """Seconds of the fastest of a few products, on tensors that stay on the device."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    shapes = {"a": (rows, inner), "b": (inner, columns), "c": (rows, columns)}
+    for name, shape in shapes.items():
+        value = ort.OrtValue.ortvalue_from_numpy(np.full(shape, 0.5, dtype), kind, 0)
+        bind = binding.bind_ortvalue_output if name == "c" else binding.bind_ortvalue_input
+        bind(name, value)
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _product(dtype: np.dtype[Any]) -> bytes:
+    """An ONNX model of one MatMul of any sizes, in the format's own bytes: no library for them is needed."""
+    kind = _FLOAT if dtype == np.float32 else _FLOAT16
+    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, b"MatMul")
+    graph = _field(1, node) + _field(2, b"product")
+    for number, name, dims in ((11, b"a", b"mk"), (11, b"b", b"kn"), (12, b"c", b"mn")):
+        shape = b"".join(_field(1, _field(2, bytes([dim]))) for dim in dims)
+        graph += _field(number, _field(1, name) + _field(2, _field(1, _field(1, kind) + _field(2, shape))))
+    return _field(1, 10) + _field(7, graph) + _field(8, _field(2, 17))  # IR version 10, opset 17
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer: a number, or bytes and how many."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])

@@ -1,0 +1,1 @@
+"""The profile as files for people: a page with charts, a table for spreadsheets."""
