@@ -178,7 +178,7 @@ def _parity_table(facts: Facts) -> str:
         return "<p>The bundle was built without measuring it.</p>"
     rows = [
         (
-            f"{row['part']}, {row['metric']}: {row['inputs']}",
+            f"{row['part']}, {row['metric']}: {row['inputs']}, against {row['against']}",
             row["skipped"] if row["value"] is None else f"{row['value']:.1e}",
             "" if row["limit"] is None else f"{row['limit']:.1e}",
         )
