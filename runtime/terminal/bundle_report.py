@@ -15,6 +15,7 @@ from uhd_export.runtime.bundle.manifest import (
     Manifest,
     Parity,
     Quantization,
+    VisionQuantization,
     part_files,
     read_manifest,
 )
@@ -80,6 +81,8 @@ def print_bundle(folder: Path, manifest: Manifest, console: Console | None = Non
         rows["engines"] = describe_engines(folder, manifest.backend)
     if manifest.quantization is not None:
         rows["weights"] = describe_quantization(manifest.quantization)
+    if manifest.vision_quantization is not None:
+        rows["vision weights"] = describe_vision(manifest.vision_quantization)
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
@@ -121,6 +124,16 @@ def describe_quantization(quantization: Quantization) -> str:
         parts.append("act-order")
     parts += [f"head {quantization.lm_head}", f"{quantization.activations} activations"]
     return ", ".join(parts)
+
+
+def describe_vision(quantization: VisionQuantization) -> str:
+    """One line for people; products that stay dense are named."""
+    errors = quantization.int8.values()
+    text = f"{len(errors)} products in 8 bits"
+    if errors:
+        text += f", output errors {min(errors):.1e} to {max(errors):.1e} on {quantization.images} images"
+    names = [f"{name.rpartition('.encoder.')[2]} ({error:.1e})" for name, error in quantization.dense.items()]
+    return text + (f"; dense: {', '.join(names)}" if names else "")
 
 
 def print_parity(

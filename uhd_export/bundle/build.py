@@ -1,12 +1,13 @@
 """Building a bundle: checkpoint in, a folder out that runs without PyTorch."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tokenizers import Tokenizer
 
 from uhd_export.bundle.options import BuildOptions
@@ -21,6 +22,7 @@ from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.graph.inline import inline_functions
 from uhd_export.graph.int4.choose import linear_format, resolve
 from uhd_export.graph.int4.view import as_stored
+from uhd_export.graph.int8.calibrate import Int8Plan, calibrate_vision
 from uhd_export.graph.language import check_context, emit_language
 from uhd_export.graph.vision import emit_vision
 from uhd_export.model.uhd import refuse_unknown
@@ -42,6 +44,7 @@ from uhd_export.runtime.bundle.manifest import (
     write_manifest,
 )
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.progress import progress_bar
 from uhd_export.tensorrt.engines import replace_graphs
@@ -56,6 +59,7 @@ def build_bundle(
     *,
     options: BuildOptions | None = None,
     quantize: Callable[[], Path] | None = None,
+    images: Callable[[], Iterable[Image.Image]] | None = None,
     verify: bool = True,
     force: bool = False,
     progress: bool = False,
@@ -66,8 +70,8 @@ def build_bundle(
     be changed at run time; a quantized checkpoint's quality report goes along; the parity of engines is that
     of the graphs they are built from. With `verify`, the parts are compared with PyTorch and the
     measurements recorded; a bundle out of tolerance is not written. `quantize` is called when everything
-    has been checked; it makes the GPTQ checkpoint that is built for `source`. `force` replaces an existing
-    bundle; `progress` draws bars on a terminal.
+    has been checked; it makes the GPTQ checkpoint that is built for `source`. 8-bit vision is calibrated on
+    `images` (default: two patterns). `force` replaces an existing bundle; `progress` draws bars.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
@@ -84,11 +88,14 @@ def build_bundle(
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         quantization = resolve(checkpoint, config.language, options.weights)
         with staged_folder(out, force=force, needed=_estimate_bytes(checkpoint, options)) as staging:
-            _write_parts(checkpoint, config, staging, options, quantization, progress)
+            vision = _plan_int8(checkpoint, config, staging, options, images or _patterns, progress)
+            _write_vision(checkpoint, config, staging, options, vision, progress)
+            _write_language(checkpoint, config, staging, options, quantization, progress)
             manifest = replace(
                 _describe(source, folder, config, options),
                 files=_files(staging, progress),
                 quantization=quantization,
+                vision_quantization=None if vision is None else vision.record,
             )
             # What is measured is the graphs, which engines are built from.
             write_manifest(staging, replace(manifest, backend="onnxruntime"))
@@ -143,7 +150,56 @@ def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
     return weights if options.engines is None else 2 * weights  # graphs, and engines beside them
 
 
-def _write_parts(
+def _patterns() -> list[Image.Image]:
+    return [pattern(1008, 672), pattern(500, 336)]
+
+
+def _plan_int8(
+    checkpoint: Checkpoint,
+    config: CheckpointConfig,
+    folder: Path,
+    options: BuildOptions,
+    images: Callable[[], Iterable[Image.Image]],
+    progress: bool,
+) -> Int8Plan | None:
+    """What of the vision part is rounded to 8 bits; None where nothing is asked to be."""
+    if options.vision_weights != "int8":
+        return None
+    with progress_bar(f"{VISION}, calibrating", show=progress) as bar:
+        return calibrate_vision(
+            config,
+            checkpoint,
+            config.settings(options.images),
+            images(),
+            folder,
+            fold=options.fold,
+            progress=bar.set,
+        )
+
+
+def _write_vision(
+    checkpoint: Checkpoint,
+    config: CheckpointConfig,
+    folder: Path,
+    options: BuildOptions,
+    int8: Int8Plan | None,
+    progress: bool,
+) -> None:
+    with progress_bar(VISION, show=progress) as bar:
+        emit_vision(
+            config,
+            checkpoint if int8 is None else int8.view(checkpoint),
+            folder / VISION,
+            fold=options.fold,
+            dtype=options.precision,
+            products=None if int8 is None else int8.products(options.dialect),
+            progress=bar.set,
+        )
+    if options.inline:
+        inline_functions(folder / VISION)
+
+
+def _write_language(
     checkpoint: Checkpoint,
     config: CheckpointConfig,
     folder: Path,
@@ -151,21 +207,11 @@ def _write_parts(
     quantization: Quantization | None,
     progress: bool,
 ) -> None:
+    """The language graph, and what stands beside it."""
     for name in (QUALITY, QUALITY_CHART):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
-    with progress_bar(VISION, show=progress) as bar:
-        emit_vision(
-            config,
-            checkpoint,
-            folder / VISION,
-            fold=options.fold,
-            dtype=options.precision,
-            progress=bar.set,
-        )
-    if options.inline:
-        inline_functions(folder / VISION)
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(
             config.language,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.graph.int8.options import VISION_WEIGHTS
 from uhd_export.runtime.choices import DTYPES
 from uhd_export.runtime.errors import UhdError
 
@@ -18,8 +19,9 @@ class BuildOptions:
     """How a checkpoint is read, cut images are encoded, weights are stored and engines are built.
 
     `engines` None makes a bundle for ONNX Runtime. `dtype` is the type of weights and activations, float32
-    or float16 (None: float16 for engines, else float32). `fold` folds the projector exactly. `inline`
-    writes function bodies inline, for readers of ONNX without functions. `context` is the number of
+    or float16 (None: float16 for engines, else float32). `vision_weights` int8 rounds the vision part's dense
+    products, weights and activations, where measured errors allow. `fold` folds the projector exactly.
+    `inline` writes function bodies inline, for readers of ONNX without functions. `context` is the number of
     positions of the key-value cache (None: the model's).
     """
 
@@ -28,6 +30,7 @@ class BuildOptions:
     weights: WeightOptions = field(default_factory=WeightOptions)
     engines: "EngineOptions | None" = None
     dtype: str | None = None
+    vision_weights: str = "dense"
     fold: bool = True
     inline: bool = False
     context: int | None = None
@@ -37,6 +40,12 @@ class BuildOptions:
         choice("dtype", self.dtype, (None, *DTYPES))
         if self.inline and self.engines is not None:
             raise UhdError("--inline: is for --backend onnxruntime; engines are built from functions")
+        choice("vision_weights", self.vision_weights, VISION_WEIGHTS)
+        if self.vision_weights == "int8" and self.engines is None and self.precision != "float32":
+            raise UhdError(
+                f"vision_weights int8: ONNX Runtime rounds float32 activations, not {self.precision}; "
+                "leave --dtype out"
+            )
 
     @property
     def backend(self) -> str:

@@ -56,7 +56,7 @@ def measure_parity(
         return [
             Parity(part, NAME, metric, None, limit, shortage)
             for part, metric, limit in (
-                ("vision", "relative error", LIMITS.get(manifest.precision.vision)),
+                ("vision", "relative error", _vision_limit(manifest)),
                 ("logits", "relative error", _language_limit(manifest)),
                 ("tokens", "differing", _token_limit(manifest)),
             )
@@ -76,7 +76,7 @@ def measure_parity(
 
 def _vision(pipeline: Pipeline, reference: VisionReference, bar: Bar) -> Iterator[Parity]:
     manifest = pipeline.manifest
-    limit = LIMITS.get(manifest.precision.vision)
+    limit = _vision_limit(manifest)
     image = pattern(*SIZE)
     crops = cut(image, pipeline.plan(image))
     cases = [("slice", crops[0], manifest.settings.grid_mode)] if len(crops) > 1 else []
@@ -168,6 +168,10 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
+def _vision_limit(manifest: Manifest) -> float | None:
+    return LIMITS.get(manifest.precision.vision) if manifest.vision_quantization is None else INT8_LIMIT
+
+
 def _language_limit(manifest: Manifest) -> float | None:
     return INT8_LIMIT if _int8(manifest) else LIMITS.get(manifest.precision.language)
 
@@ -178,7 +182,9 @@ def _token_limit(manifest: Manifest) -> float | None:
 
 
 def _int8(manifest: Manifest) -> bool:
-    return manifest.quantization is not None and manifest.quantization.activations == "int8"
+    """Where the language model's activations, or its inputs, are rounded."""
+    rounded = manifest.quantization is not None and manifest.quantization.activations == "int8"
+    return rounded or manifest.vision_quantization is not None
 
 
 def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:

@@ -24,11 +24,14 @@ from uhd_export.cli.options import (
     weight_options,
 )
 from uhd_export.cli.quantize import quantize_into
+from uhd_export.graph.int8.options import VISION_WEIGHTS
 from uhd_export.runtime.choices import DTYPES
 from uhd_export.runtime.errors import UhdError
 
 # About a minute of one core, where the 200 of `quantize` take four.
 _QUESTIONS = 50
+# Of 8-bit vision: each is many crops of thousands of patches.
+_IMAGES = 4
 
 
 @click.command(cls=Command)
@@ -46,6 +49,13 @@ _QUESTIONS = 50
     BuildOptions,
     option("--fold/--no-fold", default=True, help="Fold the projector exactly.", section=WEIGHT),
     option("--inline", is_flag=True, help="No functions in the graphs, as OpenVINO needs.", section=WEIGHT),
+    option(
+        "--vision-weights",
+        default="dense",
+        type=click.Choice(VISION_WEIGHTS),
+        help="Of the vision part's dense products; int8 rounds activations too.",
+        section=WEIGHT,
+    ),
     option(
         "--dtype",
         type=click.Choice(DTYPES),
@@ -70,6 +80,7 @@ def build(
 ) -> None:
     """Build a bundle from CHECKPOINT: a folder, a Hugging Face hub id, or nano."""
     from uhd_export.bundle.build import build_bundle
+    from uhd_export.calibration.data import calibration_images
     from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
     from uhd_export.runtime.units import format_bytes
 
@@ -77,7 +88,14 @@ def build(
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))
     manifest = build_bundle(
-        source, output, options=options, quantize=quantize, verify=verify, force=force, progress=True
+        source,
+        output,
+        options=options,
+        quantize=quantize,
+        images=lambda: calibration_images(calibration, _IMAGES),
+        verify=verify,
+        force=force,
+        progress=True,
     )
     print_parity(manifest.parity)
     click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
@@ -91,12 +109,15 @@ def _quantizer(
     The checkpoint stays beside the bundle, as OUTPUT-gptq, and is taken again where it was made of the same.
     """
     if options.weights.weights != "int4":
-        _refuse_calibration("is for calibration; give it with --weights int4")
+        if options.vision_weights != "int8":
+            _refuse_calibration("is for calibration; give it with --weights int4 or --vision-weights int8")
         return None
     from uhd_export.checkpoint.int4.settings import is_quantized
     from uhd_export.checkpoint.source import NANO, source_folder
 
     if is_quantized(source_folder(source)):
+        if options.vision_weights == "int8":
+            return None
         _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")
         return None
     if calibration.questions is None and source == NANO:

@@ -46,18 +46,17 @@ def emit_folded(
     attended = b.op("Transpose", attended, perm=[2, 1, 3, 0, 4])
     attended = b.reshape(attended, [-1, windows, sets, config.hidden])
     attended = b.op("Add", attended, weights.array("folded.value_bias", folded.value_bias))
-    x = _affine(b, weights, attended, folded, "out")
+    x = _affine(weights, attended, folded, "out")
     x = b.reshape(_standardise(b, weights, x, config), [0, 0, sets * config.hidden])
-    x = _standardise(b, weights, _affine(b, weights, x, folded, "cat"), config)
-    return _affine(b, weights, x, folded, "proj")
+    x = _standardise(b, weights, _affine(weights, x, folded, "cat"), config)
+    return _affine(weights, x, folded, "proj")
 
 
 def _pixel_scale(
     b: GraphBuilder, config: ProjectorConfig, level: FoldedLevel, weights: Weights, name: str, x: ir.Value
 ) -> ir.Value:
     """The LayerNorm's scalar of each pixel, (B, H, W), summed in float32."""
-    x = b.op("MatMul", x, weights.array(name + "norm_weight", level.norm_weight))
-    x = b.op("Add", x, weights.array(name + "norm_bias", level.norm_bias))
+    x = weights.array_product(x, name + "norm", level.norm_weight, level.norm_bias)
     if weights.dtype != ir.DataType.FLOAT:
         x = b.op("Cast", x, to=ir.DataType.FLOAT)
     length = b.op("ReduceSumSquare", x, b.constant([-1]), keepdims=0)
@@ -66,10 +65,9 @@ def _pixel_scale(
     return scale if weights.dtype == ir.DataType.FLOAT else b.op("Cast", scale, to=weights.dtype)
 
 
-def _affine(b: GraphBuilder, weights: Weights, x: ir.Value, folded: FoldedProjector, name: str) -> ir.Value:
-    weight = weights.array(f"folded.{name}_weight", getattr(folded, f"{name}_weight"))
-    bias = weights.array(f"folded.{name}_bias", getattr(folded, f"{name}_bias"))
-    return b.op("Add", b.op("MatMul", x, weight), bias)
+def _affine(weights: Weights, x: ir.Value, folded: FoldedProjector, name: str) -> ir.Value:
+    tensors = getattr(folded, f"{name}_weight"), getattr(folded, f"{name}_bias")
+    return weights.array_product(x, f"folded.{name}", *tensors)
 
 
 def _standardise(b: GraphBuilder, weights: Weights, x: ir.Value, config: ProjectorConfig) -> ir.Value:
@@ -86,7 +84,7 @@ def emit_hiwin(
     pairs = []
     for scale in config.levels:
         name = f"features_{scale}x_projector"
-        level = b.op("Add", b.op("MatMul", maps[scale], weights.linear(name)), weights.bias(name))
+        level = weights.product(maps[scale], name)
         level = weights.layer_norm(level, "ln_kv", LN_EPS)
         embedding = b.reshape(weights.plain(f"feature_{scale}x_embedding"), [config.hidden])
         pairs.append(_keys_values(b, config, weights, level, scale, geometry, embedding))
@@ -98,7 +96,7 @@ def emit_hiwin(
         for i in QUERY_SETS
     ]
     x = b.op("Concat", *sets, axis=-1)
-    x = b.op("Add", b.op("MatMul", x, weights.linear("cat_proj")), weights.bias("cat_proj"))
+    x = weights.product(x, "cat_proj")
     return b.op("MatMul", weights.layer_norm(x, "ln_post", LN_EPS), weights.plain("proj"))
 
 
@@ -167,4 +165,4 @@ def _attend(
     v = b.op("Transpose", b.reshape(project(values, 2), [0, 0, -1, heads, HEAD_SIZE]), perm=[0, 1, 3, 2, 4])
     x = b.op("MatMul", b.op("Softmax", b.op("MatMul", q, k), axis=-1), v)
     x = b.reshape(x, [0, 0, d])
-    return b.op("Add", b.op("MatMul", x, weights.linear("attn.out_proj")), weights.bias("attn.out_proj"))
+    return weights.product(x, "attn.out_proj")

@@ -12,6 +12,7 @@ import torch
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.graph.hiwin import emit_folded, emit_hiwin, emit_v1
+from uhd_export.graph.products import ProductFormat
 from uhd_export.graph.vit import emit_vit
 from uhd_export.graph.weights import Weights
 from uhd_export.model.folding import FoldedProjector
@@ -31,13 +32,15 @@ def emit_vision(
     *,
     fold: bool = True,
     dtype: str = "float32",
+    products: ProductFormat | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the vision graph of `checkpoint` to `path`, its weights beside it.
 
     Inputs: `pixels` (B, 3, 14h, 14w) float32 and the float32 matrices of `crop_geometry`.
     Output: `tokens` (B, side^2, D) float32. `dtype` is the type of weights and
-    activations; norms and softmax sums are float32 throughout. With `fold` the Hiwin
+    activations; norms and softmax sums are float32 throughout. `products` is the format of dense products
+    (default: dense). With `fold` the Hiwin
     projector is folded exactly (`uhd_export.model.folding`); without, and for v1, it is the released
     computation.
     """
@@ -59,9 +62,9 @@ def emit_vision(
         pixels = b.op("Cast", pixels, to=kind)
         geometry = {name: b.op("Cast", value, to=kind) for name, value in geometry.items()}
     with b.scope("vit"):
-        weights = Weights(b, checkpoint, VISION_PREFIX, kind)
+        weights = Weights(b, checkpoint, VISION_PREFIX, kind, products)
         features = emit_vit(b, config.vision, weights, pixels, geometry)
-    weights = Weights(b, checkpoint, PROJECTOR_PREFIX, kind)
+    weights = Weights(b, checkpoint, PROJECTOR_PREFIX, kind, products)
     if config.projector.kind == "v1":
         with b.scope("hiwin"):
             tokens = emit_v1(b, config.projector, weights, features, geometry)

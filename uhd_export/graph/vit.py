@@ -61,15 +61,15 @@ def _layer(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Value,
         _attention(b, config, weights, weights.layer_norm(x, f"{name}.layer_norm1", config.eps), name),
     )
     y = weights.layer_norm(x, f"{name}.layer_norm2", config.eps)
-    y = _linear(b, weights, y, f"{name}.mlp.fc1")
+    y = weights.product(y, f"{name}.mlp.fc1")
     y = b.op("Mul", y, b.op("Sigmoid", b.op("Mul", y, weights.number(1.702))))  # quick_gelu
-    return b.op("Add", x, _linear(b, weights, y, f"{name}.mlp.fc2"))
+    return b.op("Add", x, weights.product(y, f"{name}.mlp.fc2"))
 
 
 def _attention(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Value, name: str) -> ir.Value:
     """Self-attention with one product for q, k and v."""
     size = config.hidden // config.heads
-    qkv = _linear(b, weights, x, *(f"{name}.self_attn.{p}_proj" for p in "qkv"))
+    qkv = weights.product(x, *(f"{name}.self_attn.{p}_proj" for p in "qkv"))
     qkv = b.reshape(qkv, [0, 0, 3, config.heads, size])
     qkv = b.op("Transpose", qkv, perm=[2, 0, 3, 1, 4])
     q, k, v = (
@@ -79,8 +79,4 @@ def _attention(b: GraphBuilder, config: VisionConfig, weights: Weights, x: ir.Va
     q = b.op("Mul", q, weights.number(size**-0.5))
     scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
     x = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
-    return _linear(b, weights, b.reshape(x, [0, 0, config.hidden]), f"{name}.self_attn.out_proj")
-
-
-def _linear(b: GraphBuilder, weights: Weights, x: ir.Value, *names: str) -> ir.Value:
-    return b.op("Add", b.op("MatMul", x, weights.linear(*names)), weights.bias(*names))
+    return weights.product(b.reshape(x, [0, 0, config.hidden]), f"{name}.self_attn.out_proj")

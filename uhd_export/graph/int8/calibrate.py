@@ -1,0 +1,151 @@
+"""Which products of the vision graph are rounded to 8 bits, decided by the error of each on images."""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uhd_export.checkpoint.config import CheckpointConfig
+from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.int8.products import (
+    HIGH,
+    LOW,
+    ROWS,
+    DynamicInt8,
+    ObservedProducts,
+    SomeInt8,
+    StaticInt8,
+)
+from uhd_export.graph.int8.rounding import product_error
+from uhd_export.graph.int8.smoothing import Group, SmoothedView, factors, groups
+from uhd_export.graph.products import ProductFormat
+from uhd_export.graph.vision import emit_vision
+from uhd_export.runtime.bundle.manifest import VISION, VisionQuantization
+from uhd_export.runtime.engines.onnxruntime import OrtEngine
+from uhd_export.runtime.image.encoder import VisionEncoder
+from uhd_export.runtime.image.pixels import cut
+from uhd_export.runtime.language.sequence import plan_image
+from uhd_export.runtime.progress import Progress
+from uhd_export.runtime.settings import Settings
+
+# A product whose output changes by more stays dense.
+LIMIT = 0.05
+# How much of the outliers goes into the weights; what leaves the least error is taken, 0 meaning none.
+_STRENGTHS = (0.0, 0.25, 0.5, 0.75)
+_MOST_ROWS = 1024
+
+
+@dataclass
+class _Seen:
+    """What went into a product: extremes of each channel, (K,), and some rows, (N, K)."""
+
+    low: np.ndarray
+    high: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Int8Plan:
+    """What is smoothed and rounded; `largest` is each product's largest input by magnitude, once smoothed."""
+
+    smoothing: dict[Group, np.ndarray]
+    largest: dict[str, float]
+    record: VisionQuantization
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """`checkpoint`, smoothed."""
+        return SmoothedView(checkpoint, self.smoothing)
+
+    def products(self, dialect: str) -> ProductFormat:
+        """The products' format in the graph of `dialect`."""
+        int8 = StaticInt8(self.largest) if dialect == "tensorrt" else DynamicInt8()
+        return SomeInt8(int8, self.record.int8)
+
+
+def calibrate_vision(
+    config: CheckpointConfig,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    images: Iterable[Image.Image],
+    folder: Path,
+    *,
+    fold: bool = True,
+    progress: Progress | None = None,
+) -> Int8Plan:
+    """Run the float32 graph on `images` and decide. It is written to `folder` for the time of the run."""
+    observed = ObservedProducts()
+    with tempfile.TemporaryDirectory(prefix=".observed.", dir=folder) as temporary:
+        path = Path(temporary) / VISION
+        emit_vision(config, checkpoint, path, fold=fold, products=observed, progress=progress)
+        seen, count = _observe(path, config, settings, images)
+    smoothable = {group.product: group for group in groups(config.vision)}
+    smoothing: dict[Group, np.ndarray] = {}
+    largest: dict[str, float] = {}
+    int8: dict[str, float] = {}
+    dense: dict[str, float] = {}
+    for name, product in observed.products.items():
+        group = smoothable.get(name)
+        error, factor = _least(seen[name], product.weight(), group is not None)
+        largest[name] = float((np.maximum(abs(seen[name].low), abs(seen[name].high)) / factor).max())
+        if error > LIMIT:
+            dense[name] = error
+            continue
+        int8[name] = error
+        if group is not None:
+            smoothing[group] = factor
+    return Int8Plan(smoothing, largest, VisionQuantization(int8, dense, count))
+
+
+def _least(seen: _Seen, weight: np.ndarray, smoothable: bool) -> tuple[float, np.ndarray]:
+    """The least error, and the factors that leave it."""
+    activations = np.maximum(abs(seen.low), abs(seen.high))
+    best = (float("inf"), np.ones(len(weight), np.float32))
+    for strength in _STRENGTHS if smoothable else (0.0,):
+        factor = factors(activations, weight, strength) if strength else best[1]
+        error = product_error(
+            seen.rows / factor, seen.low / factor, seen.high / factor, weight * factor[:, None]
+        )
+        if error < best[0]:
+            best = error, factor
+    return best
+
+
+def _observe(
+    path: Path, config: CheckpointConfig, settings: Settings, images: Iterable[Image.Image]
+) -> tuple[dict[str, _Seen], int]:
+    seen: dict[str, _Seen] = {}
+    count = 0
+    with OrtEngine(path, arena=False) as engine:
+        encoder = VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding)
+        for image in images:
+            count += 1
+            planned = plan_image(image, settings, side=config.projector.side, patch=config.vision.patch)
+            for crop in cut(planned.image, planned.plan):
+                for _, feeds in encoder.batches([crop], settings.grid_mode):
+                    for name, values in _by_product(engine.infer(feeds)):
+                        _merge(seen, name, values)
+    return seen, count
+
+
+def _by_product(outputs: dict[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for output, value in outputs.items():
+        name, _, part = output.rpartition("/")
+        if name:
+            found[name][part] = value
+    yield from found.items()
+
+
+def _merge(seen: dict[str, _Seen], name: str, values: dict[str, np.ndarray]) -> None:
+    if name not in seen:
+        seen[name] = _Seen(values[LOW], values[HIGH], values[ROWS][:_MOST_ROWS])
+        return
+    old = seen[name]
+    old.low, old.high = np.minimum(old.low, values[LOW]), np.maximum(old.high, values[HIGH])
+    room = _MOST_ROWS - len(old.rows)
+    if room > 0:
+        old.rows = np.concatenate([old.rows, values[ROWS][:room]])
