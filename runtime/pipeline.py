@@ -72,6 +72,7 @@ class Pipeline:
             eos=manifest.model.language.eos,
         )
         self.generator.sampling = manifest.settings.sampling
+        self.generator.prompt_limit = manifest.settings.prompt_limit
 
     @classmethod
     def open(

@@ -55,7 +55,8 @@ class Settings:
     """How images are cut and prompts are laid out. `grid_mode` and `max_slices` are defaults.
 
     `resize` is the longest side before slicing or None; `context` the positions of the KV cache; `sampling`
-    how tokens are chosen where the caller does not say: the checkpoint's generation_config.
+    how tokens are chosen where the caller does not say: the checkpoint's generation_config. `prompt_limit`
+    is the number of positions at which the released code cuts a prompt, or None.
     """
 
     layout: str
@@ -68,3 +69,4 @@ class Settings:
     roi_rounding: str
     context: int
     sampling: Sampling = field(default_factory=Sampling)
+    prompt_limit: int | None = None

@@ -45,6 +45,8 @@ class TextGenerator:
         self._most, self._eos = most, eos
         self.sampling = Sampling()
         """How tokens are chosen where the caller does not say."""
+        self.prompt_limit: int | None = None
+        """Positions at which the released code cuts a prompt: longer ones are refused."""
 
     def sequence(self, ids: Sequence[int], images: Sequence[PlannedImage]) -> PromptSequence:
         """The positions of token `ids` with `images`. Raises UhdError where they exceed the context."""
@@ -54,6 +56,11 @@ class TextGenerator:
             raise UhdError(
                 f"prompt: {len(sequence)} positions are more than the context of {context}; shorten the "
                 f"prompt, lower --max-slices, or {self.larger_context(len(sequence))}"
+            )
+        if self.prompt_limit is not None and len(sequence) > self.prompt_limit:
+            raise UhdError(
+                f"prompt: {len(sequence)} positions are more than tokenizer_model_max_length "
+                f"{self.prompt_limit}, where the released code cuts it; shorten it, or lower --max-slices"
             )
         return sequence
 

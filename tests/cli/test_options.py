@@ -32,7 +32,7 @@ def test_the_long_help_is_grouped():
     assert list(groups) == [
         *("Output", "Source", "Images", "Weights", "Calibration", "Engines", "Options"),
     ]
-    assert groups["Source"] == {"--config", "--vision-tower", "--layout", "--mask"}
+    assert groups["Source"] == {"--config", "--vision-tower", "--layout", "--mask", "--template"}
     assert groups["Images"] == {"--grid", "--max-slices", "--resize", "--boxes"}
     assert groups["Options"] == {"--debug", "--help"}
     assert "Calibration" in sections(CliRunner().invoke(main, ["quantize", "--help"]).stdout)

@@ -229,6 +229,13 @@ def test_pictures_are_known_before_they_are_encoded(fresh, counted):
     assert not counted
 
 
+def test_a_prompt_that_the_released_code_would_cut_is_refused(fresh, monkeypatch):
+    monkeypatch.setattr(fresh.generator, "prompt_limit", 145)
+    assert len(fresh.sequence([SMALL], [5, IMAGE_ID])) == 145
+    with pytest.raises(UhdError, match="146 positions are more than tokenizer_model_max_length 145"):
+        fresh.sequence([SMALL], [5, IMAGE_ID, 6])
+
+
 @given(ids=st.lists(st.integers(1, 300), max_size=30))
 def test_streamed_text_is_the_decoded_whole(tokenizer, ids):
     detokenizer, whole = Detokenizer(tokenizer), decode(tokenizer, ids)

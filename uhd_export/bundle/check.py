@@ -90,6 +90,7 @@ def model_config(manifest: Manifest) -> CheckpointConfig:
         upscale_only=settings.upscale_only,
         release=manifest.source.release,
         sampling=settings.sampling,
+        prompt_limit=settings.prompt_limit,
     )
 
 

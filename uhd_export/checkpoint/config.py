@@ -35,6 +35,7 @@ class CheckpointConfig:
     upscale_only: bool
     release: str
     sampling: Sampling = field(default_factory=Sampling)
+    prompt_limit: int | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -54,6 +55,7 @@ class CheckpointConfig:
             roi_rounding=images.roi_rounding,
             context=context or self.language.context,
             sampling=self.sampling,
+            prompt_limit=self.prompt_limit,
         )
 
 
@@ -112,7 +114,15 @@ def parse_config(
         upscale_only=release == "first",
         release=release,
         sampling=default_sampling(generating or {}),
+        prompt_limit=_prompt_limit(config, release),
     )
+
+
+def _prompt_limit(config: dict, release: str) -> int | None:
+    """Where the first release cuts prompts; the later ones don't."""
+    if release != "first" or config.get("tokenizer_model_max_length") is None:
+        return None
+    return size(config, "tokenizer_model_max_length")
 
 
 def mask_levels(mask: int) -> tuple[int, ...]:

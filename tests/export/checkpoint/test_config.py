@@ -175,6 +175,16 @@ def test_wrong_sampling_is_named(generating):
         parse_config(config(), TOWER, generating)
 
 
+def test_where_the_first_release_cuts_a_prompt():
+    limits = {"first_mask7": 2048, "v2_mask7": None}
+    for name, limit in limits.items():
+        parsed = parse_config(config(name, tokenizer_model_max_length=2048), TOWER)
+        assert parsed.prompt_limit == parsed.settings(ImageOptions()).prompt_limit == limit
+    assert parse_config(config("first_mask7", tokenizer_model_max_length=None), TOWER).prompt_limit is None
+    with pytest.raises(UhdError, match="config field tokenizer_model_max_length"):
+        parse_config(config("first_mask7", tokenizer_model_max_length="long"), TOWER)
+
+
 def test_qwen2_needs_an_id_that_ends_a_text():
     with pytest.raises(UhdError, match=r"config field eos_token_id: missing, in generation_config\.json too"):
         parse_config(config(model_type="qwen2", eos_token_id=None), TOWER)
