@@ -11,7 +11,7 @@ from uhd_export.cli.serving import SERVING, SlotOptions, line_options
 from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
-    from uhd_export.runtime.serving.http.app import HttpOptions
+    from uhd_export.runtime.serving.http.front import HttpOptions
 
 HTTP = "HTTP"
 
@@ -19,8 +19,8 @@ HTTP = "HTTP"
 def _http(
     api_key: tuple[str, ...], cors: tuple[str, ...], allow_urls: bool, seconds: float, name: str
 ) -> "HttpOptions":
-    from uhd_export.runtime.serving.http.app import HttpOptions
     from uhd_export.runtime.serving.http.fetch import FetchLimits
+    from uhd_export.runtime.serving.http.front import HttpOptions
 
     if not all(api_key):
         raise UhdError("--api-key: an empty key would let everybody in; give a longer one, or none")

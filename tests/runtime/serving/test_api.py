@@ -7,7 +7,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 from support.requests import about, data_uri
 
-from uhd_export.runtime.serving.http.app import HttpOptions, create_app
+from uhd_export.runtime.serving.http.app import create_app
+from uhd_export.runtime.serving.http.front import HttpOptions
 from uhd_export.runtime.serving.scheduler import Limits
 
 

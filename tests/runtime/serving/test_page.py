@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.live_server import live
 
-from uhd_export.runtime.serving.http.app import HttpOptions
+from uhd_export.runtime.serving.http.front import HttpOptions
 
 sync_api = pytest.importorskip("playwright.sync_api")
 

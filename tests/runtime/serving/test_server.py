@@ -12,7 +12,7 @@ import pytest
 from support.live_server import live
 from support.requests import about, data_uri
 
-from uhd_export.runtime.serving.http.app import HttpOptions
+from uhd_export.runtime.serving.http.front import HttpOptions
 from uhd_export.runtime.serving.http.server import TimelyProtocol
 
 ENDLESS = {"2": -100}
