@@ -6,7 +6,6 @@ TEMPLATES = ("vicuna_v1", "llava_v1", "plain", "qwen")
 """Conversation templates of the released code; its v1 is vicuna_v1, its qwen_1_5 and qwen_2 are qwen."""
 ROI_ROUNDINGS = ("exact", "bf16")
 DTYPES = ("float32", "float16")
-DEVICES = ("cpu", "cuda")
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 """Those that run engines of their own; "onnxruntime" runs the graphs."""
 BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)

@@ -13,10 +13,12 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from uhd_export.runtime.bundle.probe import check_device
 from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
 from uhd_export.runtime.conversation import Conversation
-from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.backends import default_device, open_engine
 from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.engines.device import parse_device
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, open_image
@@ -87,12 +89,13 @@ class Pipeline:
         resize: int | Keep | None = KEEP,
         template: str | None = None,
     ) -> Self:
-        """Open the bundle in folder `bundle` on `device`, "cpu" or "cuda" (default: as its backend does).
+        """Open the bundle in folder `bundle` on `device`, "cpu", "cuda" or "cuda:1" (default: its backend's).
 
         `threads` limits the CPU threads. `context` is the number of positions of the key-value cache, by
         default and at most the bundle's. `grid_mode`, `max_slices`, `resize` and `template` replace the
         bundle's defaults (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are
-        verified first. Raises UhdError where the bundle cannot be trusted or run.
+        verified first; on a GPU that has not run it before, the logits of a short prompt too. Raises UhdError
+        where the bundle cannot be trusted or run.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
@@ -107,6 +110,12 @@ class Pipeline:
         )
         pipeline = cls(folder, manifest, vision, language, context=context or most)
         pipeline.settings = run
+        if parse_device(device or default_device(manifest.backend)).kind != "cpu":
+            try:
+                check_device(folder, manifest, pipeline.generator, language.where)
+            except UhdError:
+                pipeline.close()
+                raise
         return pipeline
 
     def configure(

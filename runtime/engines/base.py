@@ -93,6 +93,8 @@ class Engine(ABC):
 
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
+    where: str = "cpu"
+    """What computes, with its version, and on which device."""
     weight_bytes: int | None = None
     """Bytes of weights that the engine loaded, where the backend knows."""
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, TensorInfo, check_feeds
 from uhd_export.runtime.engines.buffers import Buffer
-from uhd_export.runtime.engines.device import Device, parse_device
+from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
 
@@ -85,6 +85,7 @@ class OrtEngine(Engine):
                 f"device {device}: ONNX Runtime cannot use it{f' ({missing})' if missing else ''}; check the "
                 f"driver, and {INSTALL_GPU}"
             )
+        self.where = f"{self.device} (ONNX Runtime {ort.__version__}, {describe(self.device)})"
         self.inputs = {i.name: _describe(i) for i in self.session.get_inputs()}
         self.outputs = {o.name: _describe(o) for o in self.session.get_outputs()}
         files = [self.path, self.path.with_name(f"{self.path.name}.data")]

@@ -103,9 +103,11 @@ def build_bundle(
                 reference = as_stored(checkpoint, config.language, quantization)
                 with closing(open_checkpoint(before, config.language.vocab)) as unrounded:
                     original = None if isinstance(unrounded, GptqCheckpoint) else unrounded
-                    parity = measure_parity(staging, reference, config, original=original, progress=progress)
+                    parity = measure_parity(
+                        staging, reference, config, original=original, record=True, progress=progress
+                    )
                 _refuse_failed(parity)
-                manifest = replace(manifest, parity=tuple(parity))
+                manifest = replace(manifest, parity=tuple(parity), files=_files(staging, progress))
             if options.engines is not None:
                 context = manifest.settings.context
                 replace_graphs(staging, config, options.engines, options.precision, context, progress)

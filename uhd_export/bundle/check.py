@@ -36,9 +36,13 @@ class CheckReport:
 
 
 def check_bundle(
-    bundle: str | Path, *, checkpoint: str | Path | None = None, progress: bool = False
+    bundle: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
 ) -> CheckReport:
-    """Verify every file of `bundle` by SHA-256, then measure its parity with `checkpoint` again.
+    """Verify every file of `bundle` by SHA-256, then measure its parity with `checkpoint` again on `device`.
 
     Without `checkpoint`, the source recorded in the manifest is used where it is on this machine;
     nothing is downloaded. Raises UhdError where a file is altered, or `checkpoint` is another one.
@@ -66,9 +70,11 @@ def check_bundle(
     try:
         reference = as_stored(opened, config.language, manifest.quantization)
         original = None if isinstance(opened, GptqCheckpoint) else opened
-        measured = measure_parity(folder, reference, config, original=original, progress=progress)
+        measured = measure_parity(
+            folder, reference, config, original=original, device=device, progress=progress
+        )
     except UhdError as error:
-        if manifest.backend not in ENGINE_BACKENDS:
+        if manifest.backend not in ENGINE_BACKENDS or device is not None:
             raise
         # An engine needs its GPU and its TensorRT; the files are right all the same.
         return CheckReport(manifest, size, source, (), f"{error}: parity not measured")

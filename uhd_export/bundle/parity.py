@@ -10,6 +10,7 @@ from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
 from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
+from uhd_export.runtime.bundle.probe import record_probe
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.pixels import cut
@@ -41,6 +42,8 @@ def measure_parity(
     config: CheckpointConfig,
     *,
     original: Checkpoint | None = None,
+    device: str | None = None,
+    record: bool = False,
     progress: bool = False,
 ) -> list[Parity]:
     """Compare the bundle in folder `bundle` with `checkpoint`, as it is stored, in float32 PyTorch.
@@ -48,7 +51,8 @@ def measure_parity(
     Vision: tokens of a slice in the bundle's grid mode and of the overview in every mode. Language: the
     whole model's logits after a prompt with an image, and 16 greedy tokens; where weights are rounded, what
     that cost against the `original` ones; and the independent check of `peer`. Where the memory at hand
-    is too small, the entries say so instead of a figure.
+    is too small, the entries say so instead of a figure. `device` is where the bundle runs (default: as its
+    backend does). With `record`, logits for `check_device` are left in the folder.
     """
     manifest = read_manifest(bundle)
     shortage = _memory_shortage(bundle, manifest)
@@ -64,12 +68,14 @@ def measure_parity(
     context = min(manifest.settings.context, _CONTEXT)
     with (
         progress_bar("parity", len(GRID_MODES) + 4, show=progress) as bar,
-        Pipeline.open(bundle, context=context, resize=None) as pipeline,
+        Pipeline.open(bundle, device=device, context=context, resize=None) as pipeline,
     ):
         reference = VisionReference(checkpoint, config, roi_rounding=manifest.settings.roi_rounding)
         bar.advance()
         results = list(_vision(pipeline, reference, bar))
         results += _language(pipeline, checkpoint, config, reference, original)
+        if record:
+            record_probe(bundle, manifest, pipeline.generator)
         bar.advance(2)
     return results
 

@@ -13,13 +13,14 @@ from uhd_export.cli.command import concern, option
 from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WEIGHTS, WeightOptions
 from uhd_export.runtime.choices import (
     BACKENDS,
-    DEVICES,
     GRID_MODES,
     GROUP_SIZES,
     LAYOUTS,
     ROI_ROUNDINGS,
     TEMPLATES,
 )
+from uhd_export.runtime.engines.device import parse_device
+from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import MAX_SLICES
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ if TYPE_CHECKING:
 SOURCE, IMAGES, WEIGHT, CALIBRATION = "Source", "Images", "Weights", "Calibration"
 ENGINES, OUTPUT, MACHINE = "Engines", "Output", "Machine"
 COUNT = click.IntRange(1)
+
+
+class _Device(click.ParamType):
+    """The name of a device."""
+
+    name = "cpu|cuda|cuda:N"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(parse_device(value))
+        except UhdError as error:
+            self.fail(str(error), param, ctx)
+
+
+DEVICE = _Device()
 
 checkpoint_argument = click.argument("source", metavar="CHECKPOINT", type=click.Path())
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -249,7 +265,8 @@ class PipelineOptions:
 machine_options = (
     option(
         "--device",
-        type=click.Choice(DEVICES),
+        type=DEVICE,
+        metavar="cpu|cuda|cuda:N",
         help="Default: cpu with onnxruntime, else cuda.",
         section=MACHINE,
     ),

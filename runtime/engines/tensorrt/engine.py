@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.base import Binding, Engine, Stop, check_feeds
-from uhd_export.runtime.engines.device import parse_device
+from uhd_export.runtime.engines.device import describe, parse_device
 from uhd_export.runtime.engines.tensorrt.backend import (
     BACKENDS,
     logger,
@@ -52,6 +52,7 @@ class TensorrtEngine(Engine):
         self._check_version()
         self.cuda = open_cuda(where.number)
         self._check_gpu()
+        self.where = f"{where} ({self.record.backend} {self.trt.__version__}, {describe(where)})"
         self._plugins = find_plugins(self.path) if self.record.plugin_layers else []
         for plugins in self._plugins:
             plugins.register(self.trt)
