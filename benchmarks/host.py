@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from uhd_export.runtime.image.pixels import CLIP_MEAN, CLIP_STD, normalise_batch
-from uhd_export.runtime.language.sampling import Sampling, probabilities
+from uhd_export.runtime.language.sampling import probabilities
 from uhd_export.runtime.profiling.machine import machine
+from uhd_export.runtime.settings import Sampling
 
 VOCABULARY = 32_000
 SAMPLINGS = (Sampling(0.7, top_k=50), Sampling(0.7, top_p=0.9), Sampling(0.7, top_k=50, top_p=0.9))

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from uhd_export.runtime.errors import UhdError
     from uhd_export.runtime.image.slicing import plan_slices
     from uhd_export.runtime.language.answer import Answer
-    from uhd_export.runtime.language.sampling import Sampling
     from uhd_export.runtime.pipeline import Pipeline
+    from uhd_export.runtime.settings import Sampling
 
 __all__ = ["Answer", "Conversation", "Pipeline", "Sampling", "UhdError", "plan_slices"]
 _MODULES = {

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.answer import Answer
 from uhd_export.runtime.language.generation import TextGenerator
-from uhd_export.runtime.language.sampling import Sampling
 from uhd_export.runtime.language.sequence import PlannedImage
+from uhd_export.runtime.settings import Sampling
 
 
 class Conversation:

@@ -28,9 +28,8 @@ from uhd_export.runtime.language.answer import Answer
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.encoded_images import EncodedImages
 from uhd_export.runtime.language.generation import TextGenerator
-from uhd_export.runtime.language.sampling import Sampling
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence, plan_image
-from uhd_export.runtime.settings import Settings
+from uhd_export.runtime.settings import Sampling, Settings
 from uhd_export.runtime.stopwatch import Stopwatch
 from uhd_export.runtime.turns import Turns
 

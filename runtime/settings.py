@@ -1,6 +1,7 @@
 """What a pipeline runs with: how images are cut and laid out, room for positions, how tokens are chosen."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Sampling:
         if not 0 < self.repetition_penalty < float("inf"):
             raise UhdError(f"repetition_penalty: {self.repetition_penalty} is out of range; use more than 0")
 
-    def changed(self, **given: float | int | None) -> "Sampling":
+    def changed(self, **given: Any) -> "Sampling":
         """The same with what is `given` and not None in its place."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 

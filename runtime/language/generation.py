@@ -14,8 +14,9 @@ from uhd_export.runtime.language.detokenizer import Detokenizer
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.encoded_images import EncodedImages
 from uhd_export.runtime.language.prefix_cache import PrefixCache
-from uhd_export.runtime.language.sampling import Sampling, penalised, sample
+from uhd_export.runtime.language.sampling import penalised, sample
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
+from uhd_export.runtime.settings import Sampling
 from uhd_export.runtime.stopwatch import Stopwatch
 from uhd_export.runtime.turns import Turn, Turns
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.sampling import Sampling, sample
+from uhd_export.runtime.language.sampling import sample
+from uhd_export.runtime.settings import Sampling
 
 
 @dataclass(frozen=True)

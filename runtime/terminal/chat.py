@@ -6,9 +6,9 @@ from itertools import chain
 
 from uhd_export.runtime.conversation import Conversation
 from uhd_export.runtime.interrupts import Terminated, forget_interrupt
-from uhd_export.runtime.language.sampling import Sampling
 from uhd_export.runtime.pipeline import Pipeline
 from uhd_export.runtime.progress import status
+from uhd_export.runtime.settings import Sampling
 
 _ENDS = {
     "length": "stopped after {tokens} tokens; --max-new-tokens allows more",

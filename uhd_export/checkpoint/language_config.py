@@ -1,5 +1,7 @@
 """The language model's part of a config: LLaMA and Qwen2 decoders."""
 
+from typing import Any
+
 from uhd_export.checkpoint.fields import optional, positive, required, shown, size
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
@@ -64,7 +66,7 @@ def default_sampling(generating: dict) -> Sampling:
     penalty = positive(generating, "repetition_penalty", 1.0, where)
     if not optional(generating, "do_sample", bool, False, where):
         return Sampling(repetition_penalty=penalty)
-    kinds = {"temperature": (int, float), "top_k": int, "top_p": (int, float)}
+    kinds: dict[str, Any] = {"temperature": (int, float), "top_k": int, "top_p": (int, float)}
     found = {name: optional(generating, name, kinds[name], _SAMPLED[name], where) for name in kinds}
     try:
         return Sampling(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from uhd_export.calibration.options import MIN_SAMPLES, CalibrationOptions
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
@@ -42,6 +43,11 @@ class _Device(click.ParamType):
             return str(parse_device(value))
         except UhdError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in ("cpu", "cuda") if name.startswith(incomplete)]
 
 
 DEVICE = _Device()

@@ -54,7 +54,8 @@ class Weights:
 
     def array_product(self, x: ir.Value, name: str, weight: torch.Tensor, bias: torch.Tensor) -> ir.Value:
         """x W + b with tensors computed by us, W (in, out), in the products' format."""
-        product = Product(f"{self.prefix}{name}", *weight.shape, self.dtype, weight.numpy, bias.numpy)
+        inputs, outputs = weight.shape
+        product = Product(f"{self.prefix}{name}", inputs, outputs, self.dtype, weight.numpy, bias.numpy)
         return self._products.emit(self.b, x, product)
 
     def bias(self, *names: str) -> ir.Value:

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.prompt import IMAGE
-from uhd_export.runtime.language.sampling import Sampling
 from uhd_export.runtime.serving.choice import Choosing, Chosen
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.grammar import ANY_JSON
@@ -23,6 +22,7 @@ from uhd_export.runtime.serving.http.schema import (
     TextPart,
 )
 from uhd_export.runtime.serving.request import Piece, Summary
+from uhd_export.runtime.settings import Sampling
 
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """OpenAI's finish reasons of an answer that came to its end."""

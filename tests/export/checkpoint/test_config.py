@@ -12,7 +12,7 @@ from uhd_export.checkpoint.source import locate
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators
-from uhd_export.runtime.language.sampling import Sampling
+from uhd_export.runtime.settings import Sampling
 
 TOWER = read_json(GOLDEN / "configs" / "clip.json")
 MISSING = object()

@@ -15,7 +15,7 @@ from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS
-from uhd_export.runtime.language.sampling import Sampling
+from uhd_export.runtime.settings import Sampling
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS, ROWS = 442, 464

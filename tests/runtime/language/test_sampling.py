@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.sampling import Sampling, greedy, penalised, probabilities, sample
+from uhd_export.runtime.language.sampling import greedy, penalised, probabilities, sample
+from uhd_export.runtime.settings import Sampling
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32))
 TEMPERATURES = st.floats(0.05, 5)

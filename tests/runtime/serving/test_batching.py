@@ -8,11 +8,11 @@ import pytest
 from golden import recipe
 
 from uhd_export.runtime import Pipeline
-from uhd_export.runtime.language.sampling import Sampling
 from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.queue import Busy
 from uhd_export.runtime.serving.scheduler import Closed, Limits
+from uhd_export.runtime.settings import Sampling
 
 
 def tokens(stream) -> list[int]:

@@ -111,12 +111,16 @@ def _describe_jointly(weights: WeightSource, linears: Sequence[Linear]) -> list[
         return None
     first = known[0]
     alike = all(
-        (about.bits, about.group) == (first.bits, first.group)
-        and (about.order is None) == (first.order is None)
-        and (about.order is None or np.array_equal(about.order, first.order))
+        (about.bits, about.group) == (first.bits, first.group) and _same_order(about.order, first.order)
         for about in known
     )
     return known if alike else None
+
+
+def _same_order(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
 
 
 def _load_jointly(weights: WeightSource, linears: Sequence[Linear]) -> QuantizedWeight:
