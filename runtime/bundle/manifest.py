@@ -30,7 +30,7 @@ from uhd_export.runtime.language.prompt import TEMPLATES
 from uhd_export.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.
@@ -179,7 +179,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     if record["schema_version"] < SCHEMA_VERSION:
         raise UhdError(
-            f"{path}: schema version {record['schema_version']} is not supported; build the bundle again"
+            f"{path}: schema version {record['schema_version']} is older than {SCHEMA_VERSION}, the only one "
+            "this program reads; build the bundle again"
         )
     if record.get("digest") != _digest(record):
         raise UhdError(f"{path}: altered since it was written (digest differs); build the bundle again")

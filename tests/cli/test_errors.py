@@ -9,7 +9,7 @@ from PIL import Image
 from support.folders import leftovers
 
 from uhd_export.runtime.bundle.integrity import hash_file
-from uhd_export.runtime.bundle.manifest import MANIFEST, _digest
+from uhd_export.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, _digest
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.slicing import plan_slices
 
@@ -135,7 +135,7 @@ def test_untrustworthy_bundles(fails, copied, image_file, command):
     name, *rest = [str(image_file) if word == "IMAGE" else word for word in command]
     rewrite(copied, lambda record: record.update(schema_version=99))
     assert "schema version 99 is newer" in fails(name, copied, *rest)
-    rewrite(copied, lambda record: record.update(schema_version=2))
+    rewrite(copied, lambda record: record.update(schema_version=SCHEMA_VERSION))
     data = copied / "language.onnx.data"
     content = bytearray(data.read_bytes())
     content[1000] ^= 1

@@ -1,6 +1,8 @@
 import dataclasses
+import hashlib
 import json
 import re
+import typing
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from uhd_export.runtime import typed_json
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
 from uhd_export.runtime.bundle.manifest import (
     MANIFEST,
+    SCHEMA_VERSION,
     FileRecord,
     Manifest,
     Parity,
@@ -29,7 +32,7 @@ FILES = {"embeddings.npy": b"rows", "tokenizer.json": b"{}", "vision.onnx": b"gr
 
 def sample(files: dict[str, FileRecord]) -> Manifest:
     return Manifest(
-        schema_version=2,
+        schema_version=SCHEMA_VERSION,
         backend="onnxruntime",
         fold=True,
         precision=Precision("float32", "float16", "float16"),
@@ -87,8 +90,8 @@ def test_altered_manifest_is_refused(bundle):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(schema_version=3), "schema version 3 is newer"),
-        (lambda r: r.update(schema_version=0), "schema version 0 is not supported"),
+        (lambda r: r.update(schema_version=SCHEMA_VERSION + 1), "is newer than"),
+        (lambda r: r.update(schema_version=0), "schema version 0 is older .*; build the bundle again"),
         (lambda r: r.pop("schema_version"), "schema_version is missing"),
         (lambda r: r["settings"].pop("layout"), r"settings\.layout: field is missing"),
         (lambda r: r["settings"].update(colour=1), r"settings\.colour: unknown field"),
@@ -223,3 +226,18 @@ def test_parity_limits():
     assert Parity("a", "i", "m", 1.0, 1.0, None).ok
     assert not Parity("a", "i", "m", 1.1, 1.0, None).ok
     assert Parity("a", "i", "m", 9.0, None, None).ok
+
+
+def _fields(kind, where=""):
+    """Every field below dataclass `kind`, with its type."""
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        yield f"{where}{field.name}: {hint}"
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                yield from _fields(inner, f"{where}{field.name}.")
+
+
+def test_another_field_is_another_schema_version():
+    digest = hashlib.sha256("\n".join(_fields(Manifest)).encode()).hexdigest()[:12]
+    assert (SCHEMA_VERSION, digest) == (3, "7e12707a9cd8"), "raise SCHEMA_VERSION, and put both here"
