@@ -1,6 +1,6 @@
 # make test    every test          make demo    build, check, ask and profile the embedded model
 # make quick   the quick tests     make clean   remove what these made (not .venv)
-# make lint    style and types
+# make lint    style and types     make serve-demo    the page and the API on the embedded model
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
@@ -17,7 +17,7 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test quick test-gpu demo lint clean
+.PHONY: help test quick test-gpu demo serve-demo lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +77,10 @@ demo: $(READY)
 	@$(UHD) run $(BUNDLE) $(IMAGE) "$(QUESTION)"
 	@echo "==> profile: a 1008x672 image"
 	@$(UHD) profile $(BUNDLE) --size 1008x672
+
+serve-demo: $(READY)
+	@test -f $(BUNDLE)/manifest.json || $(UHD) build nano -o $(BUNDLE) --no-verify
+	@UHD=$(UHD) examples/serve/demo.sh $(BUNDLE) $(IMAGE) "$(QUESTION)"
 
 clean:
 	@rm -rf demo build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache $(LINKS)

@@ -1,0 +1,238 @@
+"""Many callers on one device: tokens a second and latencies, against the same requests one after another.
+
+`wide` is 4 layers of Vicuna-7B's width with int4 weights, where a step reads more memory than it computes: 8
+callers with a prompt each, answered by 8 slots and by one slot. `nano` is the embedded model behind HTTP on
+loopback: 1, 4 and 16 callers with images, against one after another, and against two processes that share
+the machine. Every request is answered with the same number of tokens. The last line is one JSON object.
+
+    python benchmarks/serve.py [--part wide] [--part nano] [--rounds 3] [--json FILE]
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("wide", "nano")
+LAYERS, GROUP, CONTEXT = 4, 128, 256
+CALLERS, PROMPT, ANSWER = 8, 64, 48
+HTTP_CALLERS, HTTP_REQUESTS, HTTP_ANSWER = (1, 4, 16), 32, 48
+
+
+def emit_wide(folder: Path) -> None:
+    """The language graph and its embeddings in `folder`."""
+    import numpy as np
+    from random_checkpoint import write_checkpoint
+
+    from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.int4.formats import MatMulNBits, RoundedWeights
+    from uhd_export.graph.language import emit_language
+
+    write_checkpoint(folder, language_layers=LAYERS)
+    config, checkpoint = read_config(folder).language, Checkpoint(folder)
+    form = MatMulNBits(RoundedWeights(GROUP), accuracy_level=4)
+    emit_language(config, checkpoint, folder / "language.onnx", linear=form, context=CONTEXT)
+    table = np.random.default_rng(0).standard_normal((config.vocab, config.hidden)).astype(np.float16)
+    np.save(folder / "embeddings.npy", table)
+
+
+def run_wide(folder: Path, slots: int, threads: int, rounds: int) -> list[dict]:
+    """`CALLERS` requests on `slots` slots, in each round: seconds, and what each answer took."""
+    from uhd_export.checkpoint.source import EMBEDDED
+    from uhd_export.runtime.engines.backends import open_engine
+    from uhd_export.runtime.language.embeddings import EmbeddingTable
+    from uhd_export.runtime.language.prompt import load_tokenizer
+    from uhd_export.runtime.language.sequence import PromptSequence
+    from uhd_export.runtime.serving.images import EncodedImages
+    from uhd_export.runtime.serving.request import Request
+    from uhd_export.runtime.serving.rows import Rows
+    from uhd_export.runtime.serving.scheduler import Limits, Scheduler
+    from uhd_export.runtime.serving.vision import VisionWorker
+
+    tokenizer = load_tokenizer(EMBEDDED / "tokenizer.json")
+    found = []
+    with open_engine(folder / "language.onnx", threads=threads) as engine:
+        scheduler = Scheduler(
+            Rows(engine, slots, CONTEXT),
+            engine,
+            lambda on_done: VisionWorker(None, on_done),  # no images here
+            EmbeddingTable(folder / "embeddings.npy"),
+            tokenizer,
+            (),
+            encoded=EncodedImages(0),
+            limits=Limits(),
+        )
+        for turn in range(rounds + 1):
+            ids = [
+                [3 + (7919 * (turn * CALLERS + c) + 31 * i) % 30000 for i in range(PROMPT)]
+                for c in range(CALLERS)
+            ]
+            start = time.perf_counter()
+            streams = [scheduler.submit(Request(PromptSequence(one, []), max_tokens=ANSWER)) for one in ids]
+            for stream in streams:
+                stream.text()
+            seconds = time.perf_counter() - start
+            if turn:  # the first warms up
+                found.append(describe(seconds, [ANSWER] * CALLERS, [s.summary.total for s in streams]))
+        scheduler.close()
+    return found
+
+
+def describe(seconds: float, tokens: list[int], latencies: list[float]) -> dict:
+    """One round."""
+    return {
+        "seconds": seconds,
+        "tokens_per_second": sum(tokens) / seconds,
+        "latency_median": statistics.median(latencies),
+        "latency_max": max(latencies),
+    }
+
+
+def measure_wide(threads: int, rounds: int) -> dict:
+    """8 slots and one, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        emit_wide(Path(folder))
+        together, alone = [], []
+        for _ in range(rounds):
+            alone += run_wide(Path(folder), 1, threads, 1)
+            together += run_wide(Path(folder), CALLERS, threads, 1)
+    ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in zip(alone, together, strict=True)]
+    return {
+        "layers": LAYERS,
+        "group": GROUP,
+        "callers": CALLERS,
+        "prompt": PROMPT,
+        "answer": ANSWER,
+        "one_after_another": alone,
+        "together": together,
+        "speedup": statistics.median(ratios),
+        "speedups": ratios,
+    }
+
+
+@contextlib.contextmanager
+def server(bundle: Path, slots: int, threads: int) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    command = [sys.executable, "-P", "-m", "uhd_export", "serve", bundle, "--port", 0, "--slots", slots]
+    command += ["--threads", threads, "--context", 2048]
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().partition(": ")[0]
+        finally:
+            process.terminate()
+
+
+def bodies() -> list[dict]:
+    """Questions about the sample images, each asked once of each card."""
+    questions = json.loads((ROOT / "examples" / "questions.json").read_text())
+    asked = [(name, question) for name, ones in questions.items() for question in ones]
+    found = []
+    for number in range(HTTP_REQUESTS):
+        name, question = asked[number % len(asked)]
+        data = base64.b64encode((ROOT / "examples" / name).read_bytes()).decode()
+        parts = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+            {"type": "text", "text": question},
+        ]
+        found.append(
+            {
+                "messages": [{"role": "user", "content": parts}],
+                "max_tokens": HTTP_ANSWER,
+                "logit_bias": {"2": -100},  # no end of text: each answer has as many tokens
+            }
+        )
+    return found
+
+
+def load(addresses: list[str], callers: int) -> dict:
+    """All requests by `callers`, spread over the servers."""
+    import httpx
+
+    requests = list(enumerate(bodies()))
+
+    def ask(request: tuple[int, dict]) -> tuple[int, float]:
+        number, body = request
+        start = time.perf_counter()
+        url = f"{addresses[number % len(addresses)]}/v1/chat/completions"
+        answer = httpx.post(url, json=body, timeout=600)
+        answer.raise_for_status()
+        return answer.json()["usage"]["completion_tokens"], time.perf_counter() - start
+
+    ask(requests[0])  # warms up
+    start = time.perf_counter()
+    with ThreadPoolExecutor(callers) as pool:
+        done = list(pool.map(ask, requests))
+    return describe(time.perf_counter() - start, [t for t, _ in done], [s for _, s in done])
+
+
+def measure_nano(threads: int) -> dict:
+    """Each way on servers that have seen nothing before."""
+    from uhd_export import build_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "nano"
+        build_bundle("nano", bundle, verify=False)
+        found = {}
+        with server(bundle, 1, threads) as one:
+            found["one after another"] = load([one], 1)
+        for callers in HTTP_CALLERS:
+            with server(bundle, 8, threads) as one:
+                found[f"{callers} callers"] = load([one], callers)
+        with server(bundle, 1, 1) as one, server(bundle, 1, 1) as two:
+            found["two processes"] = load([one, two], 2)
+    return {"requests": HTTP_REQUESTS, "answer": HTTP_ANSWER, "slots": 8, "ways": found}
+
+
+def show(part: str, result: dict) -> None:
+    """What a reader wants to know first."""
+    if part == "wide":
+        for name in ("one_after_another", "together"):
+            rates = [one["tokens_per_second"] for one in result[name]]
+            print(f"wide, {name.replace('_', ' ')}: {statistics.median(rates):.1f} tokens/s")
+        print(f"wide: {result['speedup']:.2f} times as many at {result['callers']} callers")
+        return
+    for name, one in result["ways"].items():
+        print(
+            f"nano, {name}: {one['tokens_per_second']:.0f} tokens/s, an answer in "
+            f"{one['latency_median']:.2f} s (median), {one['latency_max']:.2f} s (longest)"
+        )
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    from uhd_export.runtime.profiling.machine import machine
+
+    results: dict = {"machine": machine("cpu", options.threads)}
+    for part in options.part or PARTS:
+        before = os.getloadavg()[0]
+        wide = part == "wide"
+        measured = measure_wide(options.threads, options.rounds) if wide else measure_nano(options.threads)
+        results[part] = {**measured, "load_average_before": before}
+        show(part, results[part])
+    text = json.dumps(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
