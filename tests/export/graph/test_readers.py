@@ -5,6 +5,7 @@ import importlib.metadata
 import numpy as np
 import onnx
 import onnxruntime as ort
+import openvino
 import pytest
 from golden import recipe
 from support.tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
@@ -82,7 +83,6 @@ def test_inlined_functions_compute_the_same(both):
 
 
 def test_openvino_reads_the_inlined_graph(both):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     _, inlined, inputs, expected = both
     compiled = openvino.Core().compile_model(inlined, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     actual = compiled(inputs)[0]
@@ -90,7 +90,6 @@ def test_openvino_reads_the_inlined_graph(both):
 
 
 def test_openvino_runs_the_language_graph(tmp_path):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     model, embeds = tiny_model(*MODELS[1]), embeddings(40)
     path = emit_language(model.config, reader(model), tmp_path / "language.onnx")
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
