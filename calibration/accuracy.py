@@ -39,7 +39,7 @@ def measure_accuracy(
     exact = dict.fromkeys(models, 0)
     for index in range(count):
         image, question, expected = held_out_question(index)
-        planned = plan_image(image, settings, side=config.projector.side, patch=config.vision.patch)
+        planned = plan_image(image, settings, config.model)
         sequence = PromptSequence(encode(tokenizer, render(question, settings.template)), [planned])
         embeds = torch.from_numpy(reference_embeds(vision_from, vision, sequence))
         for name, model in models.items():

@@ -8,7 +8,7 @@ from PIL import Image
 from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.nano.cards import make_card_image
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.pixels import open_image
+from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language.pairs import Pair, Turn, read_pairs
 
 # The embedded model trains on set 1 and is evaluated on set 2; 3 are its sample images.

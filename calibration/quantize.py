@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from uhd_export.bundle.exclusive import exclusive
 from uhd_export.bundle.staging import output_errors, staged_folder
 from uhd_export.calibration.accuracy import measure_accuracy
 from uhd_export.calibration.chart import draw_report
@@ -34,6 +35,7 @@ from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.graph.int4.view import RoundedView
+from uhd_export.runtime import json_files
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Quantization
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, read_pairs
@@ -101,7 +103,11 @@ def quantize(
     work = Work(out.with_name(f".{out.name}.quantize"))
     raw = read_json(Path(options.reading.config) if options.reading.config else folder / "config.json")
     raw["quantization_config"] = quantization_config(gptq, version)
-    with closing(Checkpoint(folder, config.language.vocab)) as checkpoint, output_errors(out):
+    with (
+        closing(Checkpoint(folder, config.language.vocab)) as checkpoint,
+        output_errors(out),
+        exclusive(work.folder),
+    ):
         work.prepare(identity, say)
         saved = work.load_activations()
         if saved is not None:
@@ -180,10 +186,10 @@ def _earlier_report(out: Path, identity: dict[str, str]) -> Report:
     """The report of the checkpoint in `out`. Raises UhdError where it was made of anything else."""
     remedy = "delete it, or give it to build as the checkpoint"
     try:
-        record = json.loads((out / QUALITY).read_text(encoding="utf-8"))
+        record = json_files.read_json(out / QUALITY)
         report = Report.from_json(record)
         before = dict(record["settings"]["made_of"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UhdError, ValueError, KeyError, TypeError, AttributeError):
         raise UhdError(f"{out}: {QUALITY} does not tell what it was made of; {remedy}") from None
     if before != identity:
         raise UhdError(f"{out}: was made of other {', '.join(differing(before, identity))}; {remedy}")

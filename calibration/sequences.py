@@ -15,7 +15,7 @@ from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.pixels import open_image
+from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.pairs import Pair
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
@@ -101,10 +101,7 @@ def build_sequences(
             tokenizer, pair, settings.template, next(iter(config.language.eos), None)
         )
         try:
-            images = [
-                plan_image(open_image(image), settings, side=config.projector.side, patch=config.vision.patch)
-                for image in pair.images
-            ]
+            images = [plan_image(open_image(image), settings, config.model) for image in pair.images]
             sequence = PromptSequence(ids[:prompt] if held else ids, images)
         except UhdError as error:
             raise UhdError(f"{pair.where}: {error}") from None

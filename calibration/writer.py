@@ -10,6 +10,7 @@ from safetensors import safe_open
 from uhd_export.calibration.options import GptqOptions
 from uhd_export.calibration.sequences import Progress
 from uhd_export.calibration.work import Work, disk_errors, write_tensors
+from uhd_export.checkpoint.copy import copy_own
 from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
@@ -123,4 +124,4 @@ def _copy_rest(source: Path, target: Path) -> None:
         if hidden or not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or str(relative) in _REPLACED:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / relative)
+        copy_own(source, relative, target / relative)

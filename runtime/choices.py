@@ -11,3 +11,5 @@ ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)
 GROUP_SIZES = (32, 64, 128)
 """Inputs that share a scale, where weights are small integers."""
+LARGEST_SIZE, MOST_LAYERS = 1 << 24, 1000
+"""No model, image or cache is larger: a greater number is damage, and work on it would not end."""

@@ -3,11 +3,41 @@
 import errno
 import re
 
+_LONGEST = 600
+"""Characters of a line; of a longer one the middle is left out, since the remedy is at its end."""
+
 
 class UhdError(Exception):
-    """A failure the user can act on. The command line prints it as one line and exits with 2."""
+    """A failure the user can act on, in one line. The command line prints it and exits with 2.
+
+    Names of files, fields and tensors are others' words: nothing in them reaches a terminal but text.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
+def one_line(text: str) -> str:
+    """`text` as one line of printable characters, shortened in the middle where it is very long."""
+    if len(text) > 100 * _LONGEST:
+        text = text[: 50 * _LONGEST] + text[-50 * _LONGEST :]
+    text = printable(" ".join(text.split()))
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` with controls, what turns the direction of text, and halves of characters as escapes.
+
+    Line ends and tabs stay. A terminal would obey the rest: `ESC ] 0 ;` sets the title of its window.
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _FULL = "disk full; free some space or write to another disk"
 _DISK = {
     errno.ENOSPC: _FULL,
@@ -46,7 +76,7 @@ _EXTRAS = {
 def explain(error: BaseException) -> str | None:
     """The line a user is told for `error`, with the remedy; None where it is a defect of the program."""
     if isinstance(error, UhdError):
-        return " ".join(str(error).split())
+        return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         extra = _EXTRAS.get(package)

@@ -31,6 +31,15 @@ def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def cache_folder() -> Path:
+    """Where engines, kernels and digests are kept: $UHD_EXPORT_CACHE, else in the user's cache folder."""
+    chosen = os.environ.get("UHD_EXPORT_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "uhd-export"
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
     if os.name == "nt":  # knows neither for what is open for reading alone

@@ -1,7 +1,7 @@
 """The pipeline: a bundle opened, with images and questions in and text out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -11,18 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from uhd_export.runtime.bundle.integrity import verify_files
-from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
+from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
+from uhd_export.runtime.bundle.opening import open_engines
 from uhd_export.runtime.bundle.probe import check_device
 from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
 from uhd_export.runtime.conversation import Conversation
-from uhd_export.runtime.engines.backends import default_device, open_engine
+from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.engines.device import parse_device
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
-from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, open_image
+from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
+from uhd_export.runtime.image.source import ImageLike, Images, as_images, open_image
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.answer import Answer
 from uhd_export.runtime.language.embeddings import EmbeddingTable
@@ -54,11 +55,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, vision: Engine, language: Engine, *, context: int
+        self,
+        folder: Path,
+        manifest: Manifest,
+        vision: Engine,
+        language: Engine,
+        *,
+        context: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.manifest, self.settings = folder, manifest, manifest.settings
         self.vision, self.language = vision, language
-        self._turns = Turns()
+        self._turns = Turns(check)
         self.encoder = VisionEncoder(vision, manifest.model, roi_rounding=manifest.settings.roi_rounding)
         table = EmbeddingTable(folder / EMBEDDINGS)
         self.images = EncodedImages(self.encoder, language, table)
@@ -92,22 +100,23 @@ class Pipeline:
 
         `threads` limits the CPU threads. `context` is the number of positions of the key-value cache, by
         default and at most the bundle's. `grid_mode`, `max_slices`, `resize` and `template` replace the
-        bundle's defaults (see `configure`). Every file's size, and the SHA-256 of files up to 256 MiB, are
-        verified first; on a GPU that has not run it before, the logits of a short prompt too. Raises UhdError
-        where the bundle cannot be trusted or run.
+        bundle's defaults (see `configure`). Every file's SHA-256 is verified first, of those over 256 MiB
+        once: it is remembered until they change; on a GPU that has not run it before, the logits of a short
+        prompt too. Raises UhdError where the bundle cannot be trusted or run.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
-        verify_files(folder, manifest)
         most = manifest.settings.context
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
         run = configured(manifest.settings, grid_mode, max_slices, resize, template)
-        vision, language = (
-            open_engine(folder / name, manifest.backend, device=device, threads=threads)
-            for name in part_files(manifest.backend)
-        )
-        pipeline = cls(folder, manifest, vision, language, context=context or most)
+        vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
+        try:
+            pipeline = cls(folder, manifest, vision, language, context=context or most, check=files.check)
+        except BaseException:
+            vision.close()
+            language.close()
+            raise
         pipeline.settings = run
         if parse_device(device or default_device(manifest.backend)).kind != "cpu":
             try:
@@ -139,10 +148,7 @@ class Pipeline:
     def plan_image(self, image: ImageLike) -> PlannedImage:
         """`image`, opened and planned. Raises UhdError where it cannot be read or cut."""
         self._turns.check()
-        model = self.manifest.model
-        return plan_image(
-            open_image(image), self.settings, side=model.projector.side, patch=model.vision.patch
-        )
+        return plan_image(open_image(image), self.settings, self.manifest.model)
 
     def encode_image(self, image: ImageLike) -> list[NDArray[Any]]:
         """One float32 (tokens, D) array a crop: slices first, row by row, the overview last."""

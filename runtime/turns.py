@@ -1,7 +1,7 @@
 """Turns: who may use the engines, whose key-value cache holds one prompt at a time."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from uhd_export.runtime.errors import UhdError
@@ -16,9 +16,11 @@ class Turns:
 
     Whoever comes while another thread's answer is unfinished waits until it is finished or closed. A thread
     never waits for itself: what it asks anew ends its own earlier answer, which says so when it is read on.
+    `check` is called before anything runs, and raises where nothing should.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         # Held while anything runs; waiting for a turn lets it go.
         self._state = threading.Condition(threading.RLock())
         self._holder: Turn | None = None
@@ -29,6 +31,7 @@ class Turns:
         """Raise UhdError where the pipeline is closed."""
         if self.closed:
             raise UhdError("pipeline: it is closed; open the bundle again")
+        self._check()
 
     @contextmanager
     def call(self, *, ends_answer: bool = True) -> Iterator[None]:

@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any, TypeVar, cast
 
-from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.errors import UhdError, printable
 
 T = TypeVar("T")
 
@@ -46,11 +46,15 @@ def _convert(hint: Any, value: object, where: str) -> object:
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
+        for key in value:
+            _check_text(key, where)
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _wrong(where, hint.__name__, value)
+    if isinstance(value, str):
+        _check_text(value, where)
     return value
 
 
@@ -63,6 +67,12 @@ def _convert_tuple(arguments: tuple[Any, ...], value: object, where: str) -> tup
         raise _wrong(where, f"a list of {len(arguments)}", value)
     pairs = zip(arguments, value, strict=True)
     return tuple(_convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(pairs))
+
+
+def _check_text(text: str, where: str) -> None:
+    """Raise UhdError where a terminal would obey `text` in place of showing it."""
+    if "\n" in text or printable(text) != text:
+        raise UhdError(f"{where}: {text[:40]!r} holds control characters")
 
 
 def _wrong(where: str, expected: str, value: object) -> UhdError:

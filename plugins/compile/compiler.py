@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from uhd_export.plugins.launch import Launch
-from uhd_export.runtime.engines.tensorrt.backend import cache_folder
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.files import write_file
+from uhd_export.runtime.files import cache_folder, write_file
 
 TARGETS = (80, 86, 87, 89, 90, 120)  # A100; RTX 30; Jetson Orin; RTX 40; H100 and H200; RTX 50
 DTYPES = ("float16", "bfloat16", "float32")

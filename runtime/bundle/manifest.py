@@ -20,12 +20,15 @@ from uhd_export.runtime.choices import (
     DTYPES,
     ENGINE_BACKENDS,
     GRID_MODES,
+    LARGEST_SIZE,
     LAYOUTS,
+    MOST_LAYERS,
     ROI_ROUNDINGS,
 )
 from uhd_export.runtime.config import LANGUAGE_KINDS, ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
+from uhd_export.runtime.json_files import parse_json, read_json
 from uhd_export.runtime.language.prompt import TEMPLATES
 from uhd_export.runtime.settings import Settings
 
@@ -151,11 +154,14 @@ def part_files(backend: str) -> tuple[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest` into `folder`, whole or not at all."""
+    """Write `manifest` into `folder`, whole or not at all. Raises UhdError where no reader would take it."""
+    validate(manifest, str(folder / MANIFEST))
     content = dataclasses.asdict(manifest)
     record = {"schema_version": content.pop("schema_version"), "digest": "", **content}
     record["digest"] = _digest(record)
-    write_file(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
+    text = json.dumps(record, indent=2) + "\n"
+    typed_json.read(Manifest, _without_digest(parse_json(text)), str(folder / MANIFEST))
+    write_file(folder / MANIFEST, text)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -164,14 +170,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises UhdError where it is missing, broken, altered or of a newer schema.
     """
     path = Path(folder) / MANIFEST
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UhdError(f"bundle {folder}: no {MANIFEST}; make a bundle with `uhd-export build`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UhdError(f"{path}: cannot be read ({error}); build the bundle again") from None
-    if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
-        raise UhdError(f"{path}: field schema_version is missing; build the bundle again")
+    record = _read_record(path)
     if record["schema_version"] > SCHEMA_VERSION:
         raise UhdError(
             f"{path}: schema version {record['schema_version']} is newer than {SCHEMA_VERSION}, the newest "
@@ -182,21 +181,62 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path}: schema version {record['schema_version']} is older than {SCHEMA_VERSION}, the only one "
             "this program reads; build the bundle again"
         )
-    if record.get("digest") != _digest(record):
-        raise UhdError(f"{path}: altered since it was written (digest differs); build the bundle again")
-    del record["digest"]
-    manifest = typed_json.read(Manifest, record, str(path))
-    _validate(manifest, path)
+    _check_digest(record, path)
+    manifest = typed_json.read(Manifest, _without_digest(record), str(path))
+    validate(manifest, str(path))
     return manifest
 
 
+def bundle_files(folder: Path) -> set[str]:
+    """The names of the files that make up the bundle in `folder`, of whichever schema version.
+
+    Raises UhdError where its manifest is not one that this program wrote.
+    """
+    path = folder / MANIFEST
+    record = _read_record(path)
+    _check_digest(record, path)
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(_is_plain(name) for name in files):
+        raise UhdError(f"{path}.files: must list plain file names")
+    return {MANIFEST, *files}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The object in `path`, which has a schema version. Raises UhdError."""
+    try:
+        record = read_json(path, "build the bundle again")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UhdError(
+            f"bundle {path.parent}: no {MANIFEST}; make a bundle with `uhd-export build`"
+        ) from None
+    if not isinstance(record, dict) or type(record.get("schema_version")) is not int:
+        raise UhdError(f"{path}: field schema_version is missing; build the bundle again")
+    return record
+
+
+def _check_digest(record: dict[str, Any], path: Path) -> None:
+    if record.get("digest") != _digest(record):
+        raise UhdError(f"{path}: altered since it was written (digest differs); build the bundle again")
+
+
+def _without_digest(record: Any) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "digest"}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether `name` stays in its folder, also as Windows reads it, with its separators and drives."""
+    return bool(name) and PureWindowsPath(name).name == name and not name.startswith(".")
+
+
 def _digest(record: dict[str, Any]) -> str:
-    content = {name: value for name, value in record.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_without_digest(record), sort_keys=True).encode()).hexdigest()
 
 
-def _validate(manifest: Manifest, path: Path) -> None:
-    """Refuse values that the program cannot run, and file names that leave the folder."""
+def validate(manifest: Manifest, path: str) -> None:
+    """Refuse values that the program cannot run, and file names that leave the folder. Raises UhdError.
+
+    `path` is what messages call the manifest.
+    """
     settings, model, precision = manifest.settings, manifest.model, manifest.precision
     for field, value, allowed in (
         ("backend", manifest.backend, BACKENDS),
@@ -218,17 +258,48 @@ def _validate(manifest: Manifest, path: Path) -> None:
     for field, size in _sizes(manifest):
         if not 0 < size < math.inf:
             raise UhdError(f"{path}.{field}: {size} must be above zero; build the bundle again")
+        most = MOST_LAYERS if field.endswith(".layers") else LARGEST_SIZE
+        if type(size) is int and size > most:
+            raise UhdError(f"{path}.{field}: {size} is more than {most}; is the manifest damaged?")
+    _check_model(manifest, path)
     if settings.context > model.language.context:
         raise UhdError(
             f"{path}.settings.context: {settings.context} is over the model's {model.language.context}"
         )
     for name in manifest.files:
-        # As Windows reads it, so that separators of both kinds and drives are refused everywhere.
-        if not name or PureWindowsPath(name).name != name or name.startswith("."):
+        if not _is_plain(name):
             raise UhdError(f"{path}.files: {name!r} is not a plain file name")
-    for name in (EMBEDDINGS, TOKENIZER):
+    for name, record in manifest.files.items():
+        if not 0 <= record.bytes < 2**63:
+            raise UhdError(f"{path}.files.{name}.bytes: {record.bytes} is no size of a file")
+    for name in (EMBEDDINGS, TOKENIZER, *part_files(manifest.backend)):
         if name not in manifest.files:
             raise UhdError(f"{path}.files: {name} is missing; build the bundle again")
+
+
+def _check_model(manifest: Manifest, path: str) -> None:
+    """Raise UhdError where sizes contradict each other, or ids are no tokens."""
+    vision, projector, language = manifest.model.vision, manifest.model.projector, manifest.model.language
+    for field, divisor, number in (
+        ("vision.heads", vision.heads, vision.hidden),
+        ("vision.patch", vision.patch, vision.image_size),
+        ("language.kv_heads", language.kv_heads, language.heads),
+    ):
+        if number % divisor:
+            raise UhdError(
+                f"{path}.model.{field}: {divisor} does not divide {number}; build the bundle again"
+            )
+    for field, one, other in (
+        ("projector.hidden", projector.hidden, language.hidden),
+        ("projector.vision_hidden", projector.vision_hidden, vision.hidden),
+    ):
+        if one != other:
+            raise UhdError(f"{path}.model.{field}: {one} must be {other}; build the bundle again")
+    separators = manifest.settings.separators
+    ids = {"settings.separators": (separators.comma, separators.newline), "model.language.eos": language.eos}
+    for field, tokens in ids.items():
+        if not all(0 <= token < LARGEST_SIZE for token in tokens):
+            raise UhdError(f"{path}.{field}: {list(tokens)[:8]} are no token ids; build the bundle again")
 
 
 def _sizes(manifest: Manifest) -> Iterator[tuple[str, float]]:

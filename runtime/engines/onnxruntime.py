@@ -1,9 +1,9 @@
 """ONNX Runtime as an engine, on the CPU or a CUDA device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, TensorInfo, check_feeds
 from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, describe, parse_device
+from uhd_export.runtime.engines.interruptible import Caller
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
 
+T = TypeVar("T")
 _CPU_PROVIDER = "CPUExecutionProvider"
 _TYPES = {
     "tensor(float)": np.float32,
@@ -46,6 +48,7 @@ class OrtEngine(Engine):
         tf32: bool = False,
         profile: str | Path | None = None,
     ) -> None:
+        self._caller = Caller()
         self.device = parse_device(device)
         missing = prepare_cuda(ort) if self.device.kind == "cuda" else ""
         if not Path(path).is_file():
@@ -94,13 +97,17 @@ class OrtEngine(Engine):
     def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`."""
         check_feeds(feeds, self.inputs, {})
-        with self.errors(), _stoppable(stop) as options:
-            results = self.session.run(None, dict(feeds), options)
+        with self.errors():
+            results = self.run(lambda options: self.session.run(None, dict(feeds), options), stop)
         return dict(zip(self.outputs, results, strict=True))
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
         return OrtBinding(self, shared, sizes)
+
+    def run(self, run: Callable[[ort.RunOptions], T], stop: Stop | None) -> T:
+        """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did."""
+        return self._caller.call(lambda stop: _stoppable(run, stop), stop)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -122,6 +129,7 @@ class OrtEngine(Engine):
 
     def close(self) -> None:
         """Free the session. May be repeated."""
+        self._caller.close()
         if hasattr(self, "session"):
             del self.session
 
@@ -168,8 +176,9 @@ class OrtBinding(Binding):
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name in self._free:  # anew each time, since the shape may change
             self._binding.bind_output(name, "cpu")
-        with self._engine.errors(), _stoppable(stop) as options:
-            self._engine.session.run_with_iobinding(self._binding, options)
+        with self._engine.errors():
+            session = self._engine.session
+            self._engine.run(lambda options: session.run_with_iobinding(self._binding, options), stop)
         if not self._engine.updates_in_place and self._shared:
             self._check_update()
         results = dict(self._results)
@@ -246,16 +255,11 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-@contextmanager
-def _stoppable(stop: Stop | None) -> Iterator[ort.RunOptions | None]:
-    """Options of a run that `stop` can end; without it the usual ones."""
-    if stop is None:
-        yield None
-        return
+def _stoppable(run: Callable[[ort.RunOptions], T], stop: Stop) -> T:
     options = ort.RunOptions()
     with stop.ending(lambda: setattr(options, "terminate", True)):
         try:
-            yield options
+            return run(options)
         except Exception:  # the binding's exceptions have no common base but this
             if stop.requested:
                 raise Stopped from None

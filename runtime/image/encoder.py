@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.config import ModelConfig
-from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.engines.base import Array, Engine, Stop
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.stopwatch import Stopwatch
@@ -41,9 +41,16 @@ class VisionEncoder:
         ]
 
     def encode_resident(
-        self, crops: Sequence[NDArray[Any]], grid_mode: str, watch: Stopwatch | None = None
+        self,
+        crops: Sequence[NDArray[Any]],
+        grid_mode: str,
+        watch: Stopwatch | None = None,
+        stop: Stop | None = None,
     ) -> list[Array]:
-        """As `encode`, in the engine's own type and left on its device; `watch` counts the time."""
+        """As `encode`, in the engine's own type and left on its device; `watch` counts the time.
+
+        Raises Stopped where `stop` ended it.
+        """
         watch = watch or Stopwatch()
         tokens: dict[int, Array] = {}
         batches = self.batches(crops, grid_mode)
@@ -54,7 +61,7 @@ class VisionEncoder:
                 return [tokens[index] for index in range(len(crops))]
             members, feeds = batch
             with watch.stage("vision"):
-                results = self.engine.infer_resident(feeds)[TOKENS]
+                results = self.engine.infer_resident(feeds, stop)[TOKENS]
                 tokens |= zip(members, results, strict=True)
 
     def batches(

@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.slicing import PATCH, SCALE_RESOLUTION
 
 KERNEL = 7
+# An overview of this ratio is two patches wide.
+MOST_ELONGATED = (SCALE_RESOLUTION // (2 * PATCH)) ** 2
 RADIUS = KERNEL // 2
 
 # (columns, rows) of bins, in the order of the released code's list; the first of equals wins.
@@ -102,6 +105,15 @@ def bin_grid(rows: int, cols: int, scale: int, mode: str) -> tuple[int, int]:
     return best
 
 
+def check_crop(rows: int, cols: int, levels: Sequence[int]) -> None:
+    """Raise UhdError where the feature pyramid, of more than one of `levels`, has no geometry for a crop."""
+    if len(levels) > 1 and min(rows, cols) < 2:
+        raise UhdError(
+            f"crop of {rows}x{cols} patches: the feature pyramid needs at least 2 on each side; use an image "
+            f"that is less elongated, at most {MOST_ELONGATED} times as long as it is wide"
+        )
+
+
 def crop_geometry(
     rows: int,
     cols: int,
@@ -126,11 +138,7 @@ def crop_geometry(
 
     Raises UhdError for grids one patch high or wide, where reflect padding is undefined.
     """
-    if len(levels) > 1 and min(rows, cols) < 2:
-        raise UhdError(
-            f"crop of {rows}x{cols} patches: the feature pyramid needs at least 2 patches on each "
-            "side; use an image that is less elongated"
-        )
+    check_crop(rows, cols, levels)
     geometry: dict[str, NDArray[Any]] = {}
     for axis, n, which in (("y", rows, 0), ("x", cols, 1)):
         geometry[f"position_{axis}"] = bicubic(n, table) if n != table else np.eye(n)

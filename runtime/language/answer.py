@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
+from uhd_export.runtime.engines.base import Stop, Stopped
 from uhd_export.runtime.language.detokenizer import Detokenizer
 from uhd_export.runtime.stopwatch import Stopwatch
 
@@ -19,6 +20,7 @@ class Progress:
     started: bool = False
     finish_reason: str | None = None
     ids: list[int] = field(default_factory=list)
+    stop: Stop = field(default_factory=Stop)
 
 
 class Answer(Iterator[str]):
@@ -81,18 +83,25 @@ class Answer(Iterator[str]):
         with self._lock:
             if self._closed:
                 raise StopIteration
-            for token in self._tokens:
-                if token not in self._eos and (piece := self._detokenizer.push(token)):
-                    break
-            else:
-                piece = self._detokenizer.flush()
-                if not piece:
-                    raise StopIteration
+            try:
+                piece = self._next_piece()
+            except Stopped:  # by `close`
+                raise StopIteration from None
             self.text += piece
             return piece
 
+    def _next_piece(self) -> str:
+        for token in self._tokens:
+            if token not in self._eos and (piece := self._detokenizer.push(token)):
+                return piece
+        piece = self._detokenizer.flush()
+        if not piece:
+            raise StopIteration
+        return piece
+
     def close(self) -> None:
-        """End the answer where it is; others may go on."""
+        """End the answer where it is, also from another thread what runs for it now; others may go on."""
+        self._progress.stop.request()
         with self._lock:
             self._closed = True
             self._tokens.close()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.engines.base import Array, Engine, Stop
 from uhd_export.runtime.errors import UhdError
 
 # Names of a language graph's inputs and outputs.
@@ -61,23 +61,26 @@ class Decoder:
         """Positions that are still free."""
         return self.context - self.length
 
-    def prefill(self, embeds: NDArray[Any], *, chunk: int | None = None) -> NDArray[Any]:
+    def prefill(
+        self, embeds: NDArray[Any], *, chunk: int | None = None, stop: Stop | None = None
+    ) -> NDArray[Any]:
         """Append (S, D) or (1, S, D) embeddings; float32 logits (vocab,) of the last position.
 
         May be called again to append a further turn. `chunk` limits the positions a run, and with it the
-        memory of activations. Raises UhdError where the positions do not fit, without changing the cache.
+        memory of activations. Raises UhdError where the positions do not fit, without changing the cache, or
+        where the logits are no numbers; Stopped where `stop` ended it.
         """
         embeds = self._check(embeds)
         size = embeds.shape[1] if chunk is None else chunk
         if size < 1:
             raise UhdError(f"prefill chunk: {size} positions; use at least 1")
         for start in range(0, embeds.shape[1], size):
-            logits = self._run(embeds[:, start : start + size])
+            logits = self._run(embeds[:, start : start + size], stop)
         return logits
 
-    def step(self, embeds: NDArray[Any]) -> NDArray[Any]:
+    def step(self, embeds: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position, (D,), (1, D) or (1, 1, D); float32 logits (vocab,) of the next."""
-        return self._run(self._check(embeds.reshape(1, 1, -1)))
+        return self._run(self._check(embeds.reshape(1, 1, -1)), stop)
 
     def rewind(self, length: int) -> None:
         """Drop all positions from `length` on, so that another question can follow what came before."""
@@ -97,7 +100,7 @@ class Decoder:
             )
         return embeds.astype(self._dtype, copy=False)
 
-    def _run(self, embeds: NDArray[Any]) -> NDArray[Any]:
+    def _run(self, embeds: NDArray[Any], stop: Stop | None) -> NDArray[Any]:
         past, total = self.length, self.length + embeds.shape[1]
         positions = {
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
@@ -105,6 +108,16 @@ class Decoder:
             WRITE_INDEX: np.array([past], np.int64),
         }
         feeds: dict[str, Array] = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
-        logits = self._cache.infer(feeds)[LOGITS].reshape(-1)
+        logits = check_finite(self._cache.infer(feeds, stop)[LOGITS].reshape(-1))
         self.length = total
         return logits
+
+
+def check_finite(logits: NDArray[Any]) -> NDArray[Any]:
+    """`logits`. Raises UhdError where one is infinite or no number: no token can be chosen among them."""
+    if not np.isfinite(logits).all():
+        raise UhdError(
+            "language engine: its logits are not finite numbers; check the bundle with `uhd-export check`, "
+            "or build it with --dtype float32"
+        )
+    return logits

@@ -17,7 +17,7 @@ class EmbeddingTable:
         try:
             # numpy's header only: allow_pickle stays off, so nothing in the file is ever executed.
             self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
             raise UhdError(f"embeddings {path}: cannot be read ({error}); build the bundle again") from None
         if self._rows.ndim != 2 or self._rows.dtype not in (np.float32, np.float16):
             raise UhdError(
@@ -29,6 +29,11 @@ class EmbeddingTable:
     def vocab(self) -> int:
         """Number of rows."""
         return int(self._rows.shape[0])
+
+    @property
+    def hidden(self) -> int:
+        """Length of a row."""
+        return int(self._rows.shape[1])
 
     @property
     def nbytes(self) -> int:

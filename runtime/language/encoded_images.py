@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.engines.base import Array, Engine, Stop
 from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.language.decoder import EMBEDS
@@ -33,14 +33,14 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def rows(self, planned: PlannedImage, watch: Stopwatch) -> Array:
+    def rows(self, planned: PlannedImage, watch: Stopwatch, stop: Stop | None = None) -> Array:
         """(positions, D) embeddings of an image, encoded unless they are here."""
         if planned in self:
             self._rows.move_to_end(planned.digest)
             return self._rows[planned.digest]
         with watch.stage("image"):
             crops = cut(planned.image, planned.plan)
-        tokens = self._encoder.encode_resident(crops, planned.grid_mode, watch)
+        tokens = self._encoder.encode_resident(crops, planned.grid_mode, watch, stop)
         with watch.stage("vision"):
             return self.add(planned, tokens)
 

@@ -6,7 +6,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from uhd_export.runtime.engines.base import Array, Engine
+from uhd_export.runtime.engines.base import Array, Engine, Stop
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.answer import Answer, Progress
 from uhd_export.runtime.language.decoder import EMBEDS, Decoder
@@ -78,7 +78,13 @@ class TextGenerator:
             else "build with a larger --context"
         )
 
-    def embeds(self, sequence: PromptSequence, start: int = 0, watch: Stopwatch | None = None) -> Array:
+    def embeds(
+        self,
+        sequence: PromptSequence,
+        start: int = 0,
+        watch: Stopwatch | None = None,
+        stop: Stop | None = None,
+    ) -> Array:
         """(S, D) embeddings from position `start` on; images before it are not encoded."""
         watch = watch or Stopwatch()
         pieces = []
@@ -86,23 +92,25 @@ class TextGenerator:
             if segment.stop > start:
                 content = segment.content
                 rows = (
-                    self._images.rows(content, watch)
+                    self._images.rows(content, watch, stop)
                     if isinstance(content, PlannedImage)
                     else self._table.rows(content)
                 )
                 pieces.append(rows[max(start - segment.start, 0) :])
         return self._engine.gather(pieces, self._engine.inputs[EMBEDS].dtype)
 
-    def prefill(self, sequence: PromptSequence, watch: Stopwatch | None = None) -> NDArray[Any]:
+    def prefill(
+        self, sequence: PromptSequence, watch: Stopwatch | None = None, stop: Stop | None = None
+    ) -> NDArray[Any]:
         """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
         watch = watch or Stopwatch()
-        embeds = self.embeds(sequence, self.prefix.match(sequence.keys), watch)
+        embeds = self.embeds(sequence, self.prefix.match(sequence.keys), watch, stop)
         with watch.stage("prefill"):
-            return self.prefix.prefill(sequence.keys, embeds)
+            return self.prefix.prefill(sequence.keys, embeds, stop)
 
-    def step(self, token: int) -> NDArray[Any]:
+    def step(self, token: int, stop: Stop | None = None) -> NDArray[Any]:
         """float32 (vocab,) logits after one more `token`."""
-        return self.prefix.step(token, self._table.rows([token])[0])
+        return self.prefix.step(token, self._table.rows([token])[0], stop)
 
     def tokens(
         self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling | None = None
@@ -132,17 +140,17 @@ class TextGenerator:
     def _tokens(
         self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling, progress: Progress
     ) -> Generator[int, None, None]:
-        turn, random, watch = Turn(), sampling.generator(), progress.watch
+        turn, random, watch, stop = Turn(), sampling.generator(), progress.watch, progress.stop
         try:
             with self._turns.begin(turn):
                 progress.started = True
                 progress.cached_tokens = self.prefix.match(sequence.keys)
-                logits = self.prefill(sequence, watch)
+                logits = self.prefill(sequence, watch, stop)
                 token = sample(logits, sampling, random)
             while not self._last(token, max_new_tokens, progress):
                 yield token
                 with self._turns.go_on(turn), watch.stage("decode"):
-                    logits = penalised(self.step(token), progress.ids, sampling)
+                    logits = penalised(self.step(token, stop), progress.ids, sampling)
                     token = sample(logits, sampling, random)
         finally:
             self._turns.end(turn)

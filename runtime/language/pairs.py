@@ -1,7 +1,6 @@
 """Image-question pairs, read from a JSONL file."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.json_files import parse_json
 from uhd_export.runtime.language.prompt import IMAGE
 
 
@@ -67,8 +67,8 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str, str]]:
 def parse_pair(line: str, where: str, root: Path) -> Pair:
     """The pair of one line, whose images lie under `root`; `where` names it in errors. Raises UhdError."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise UhdError(f"{where}: not a JSON object ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise UhdError(f"{where}: not a JSON object; a JSON array becomes JSONL with `jq -c '.[]'`")

@@ -5,7 +5,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from uhd_export.runtime.engines.base import Array
+from uhd_export.runtime.engines.base import Array, Stop
 from uhd_export.runtime.language.decoder import Decoder
 
 
@@ -30,7 +30,7 @@ class PrefixCache:
         length = min(len(self._keys), len(keys) - 1, self._decoder.length)
         return next((i for i in range(length) if self._keys[i] != keys[i]), length)
 
-    def prefill(self, keys: Sequence[Hashable], embeds: Array) -> NDArray[Any]:
+    def prefill(self, keys: Sequence[Hashable], embeds: Array, stop: Stop | None = None) -> NDArray[Any]:
         """float32 logits (vocab,) after the positions `keys`, whose last (S, D) `embeds` are run.
 
         Those before them are in the cache, see `match`.
@@ -39,15 +39,15 @@ class PrefixCache:
         # What is dropped is forgotten before anything runs: an interrupted run leaves a valid prefix.
         del self._keys[start:]
         self._decoder.rewind(start)
-        logits = self._decoder.prefill(embeds, chunk=self._chunk)
+        logits = self._decoder.prefill(embeds, chunk=self._chunk, stop=stop)
         self._keys.extend(keys[start:])
         self.prefilled = len(embeds)
         return logits
 
-    def step(self, key: Hashable, embed: NDArray[Any]) -> NDArray[Any]:
+    def step(self, key: Hashable, embed: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position; float32 logits (vocab,) of the next."""
         del self._keys[self._decoder.length :]
-        logits = self._decoder.step(embed)
+        logits = self._decoder.step(embed, stop)
         self._keys.append(key)
         return logits
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.tokenizer_file import library_errors, read_tokenizer
 
 IMAGE = "<image>"
 IMAGE_ID = -200
@@ -43,14 +44,22 @@ def _known(template: str) -> None:
         raise UhdError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
 
 
+def check_text(text: str, name: str) -> None:
+    """Raise UhdError where `text`, called `name`, is none: bytes outside UTF-8 leave halves of characters."""
+    if not isinstance(text, str):
+        raise UhdError(f"{name}: {type(text).__name__} is no text; give a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UhdError(
+            f"{name}: character {error.start + 1} is none of Unicode (a byte outside of UTF-8, or a lone "
+            "surrogate); take it out, or give it in UTF-8"
+        ) from None
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer stored in `path` (a tokenizer.json)."""
-    if not Path(path).is_file():
-        raise UhdError(f"tokenizer {path}: no such file")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UhdError(f"tokenizer {path}: cannot be read ({error}); build the bundle again") from None
+    return read_tokenizer(Path(path), "build the bundle again")
 
 
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -62,6 +71,7 @@ def encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
+    check_text(prompt, "prompt")
     return _encode(tokenizer, prompt.split(IMAGE))
 
 
@@ -75,6 +85,7 @@ def encode_question(
     the template's own are told from them by a character that the question does not hold.
     """
     _known(template)
+    check_text(question, "question")
     text = FOLLOW_UPS[template] if follow_up else TEMPLATES[template]
     before, after = text.split("{question}")
     before += (IMAGE + "\n") * images
@@ -106,10 +117,11 @@ def _encode_literally(
 
 def _encode(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
     """Ids of the pieces between images, after the beginning-of-text token."""
-    ids = opening(tokenizer)
-    for number, piece in enumerate(pieces):
-        ids += [IMAGE_ID] * (number > 0) + tokenizer.encode(piece, add_special_tokens=False).ids
-    return ids
+    with library_errors("tokenizer: cannot encode the prompt", "build the bundle again"):
+        ids = opening(tokenizer)
+        for number, piece in enumerate(pieces):
+            ids += [IMAGE_ID] * (number > 0) + tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.geometry import check_crop
 from uhd_export.runtime.image.layout import layout_indices
 from uhd_export.runtime.image.slicing import SlicePlan, plan_slices
 from uhd_export.runtime.language.prompt import IMAGE_ID
@@ -41,17 +43,23 @@ class PlannedImage:
         return f"<PlannedImage {width}x{height}: {crops} crops, {self.grid_mode}, {len(self)} positions>"
 
 
-def plan_image(image: Image.Image, settings: Settings, *, side: int, patch: int) -> PlannedImage:
-    """Plan `image` (RGB) as `settings` say; `side` is the tokens an axis of one crop."""
+def plan_image(image: Image.Image, settings: Settings, model: ModelConfig) -> PlannedImage:
+    """Plan `image` (RGB) for `model` as `settings` say. Raises UhdError where it is too elongated."""
     plan = plan_slices(
         image.size,
         max_slices=settings.max_slices,
         resize=settings.resize,
         upscale_only=settings.upscale_only,
-        patch=patch,
+        patch=model.vision.patch,
     )
+    try:
+        for rows, cols in plan.patch_grids:
+            check_crop(rows, cols, model.projector.scales)
+    except UhdError as error:
+        width, height = image.size
+        raise UhdError(f"{image.info.get('source', 'image')}: {width}x{height} pixels; {error}") from None
     source, tokens = layout_indices(
-        plan.slice_grid, layout=settings.layout, side=side, separators=settings.separators
+        plan.slice_grid, layout=settings.layout, side=model.projector.side, separators=settings.separators
     )
     # Processors compute SHA-256 themselves: half of BLAKE2's time over a photo's pixels.
     content = hashlib.sha256(repr((plan, settings.grid_mode, settings.layout)).encode())

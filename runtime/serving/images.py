@@ -1,21 +1,19 @@
 """Images on their way: bytes from strangers, cut for the vision engine, and encoded, kept by content."""
 
 import dataclasses
-import io
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.engines.base import Array
-from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.pixels import cut, open_image
+from uhd_export.runtime.image.pixels import cut
+from uhd_export.runtime.image.source import from_bytes
 from uhd_export.runtime.language.sequence import PlannedImage, plan_image
 from uhd_export.runtime.settings import Settings
 
@@ -35,24 +33,7 @@ class CutImage:
 
 def read_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """The RGB image in `data`. Raises UhdError where it is none or larger, before its pixels are made."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                width, height = opened.size
-                if width * height > max_pixels:
-                    raise _too_many(max_pixels)
-                return open_image(opened)
-    except Image.DecompressionBombError:  # Pillow's own limit, which comes first
-        raise _too_many(max_pixels) from None
-    except UnidentifiedImageError:
-        raise UhdError(f"image: no image of a known format; send {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UhdError(f"image: cannot be read ({error}); convert it to PNG or JPEG") from None
-
-
-def _too_many(max_pixels: int) -> UhdError:
-    return UhdError(f"image: more than {max_pixels / 1e6:.0f} megapixels; send it smaller")
+    return from_bytes(data, formats=FORMATS, max_pixels=max_pixels)
 
 
 class EncodedImages:
@@ -93,8 +74,7 @@ class ImageCutter:
 
     def plan(self, image: Image.Image) -> PlannedImage:
         """How `image` is cut. Raises UhdError where it cannot be."""
-        model = self._model
-        return plan_image(image, self.settings, side=model.projector.side, patch=model.vision.patch)
+        return plan_image(image, self.settings, self._model)
 
     def cut(self, image: Image.Image) -> tuple[CutImage, float]:
         """`image` ready to be encoded, and the seconds that took; not cut where it was encoded before."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.engines.base import Array, Engine, Stop, Stopped
-from uhd_export.runtime.language.decoder import EMBEDS
+from uhd_export.runtime.language.decoder import EMBEDS, check_finite
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.sequence import PlannedImage, place
 from uhd_export.runtime.serving.generation import Generation
@@ -265,7 +265,7 @@ class Scheduler:
 
     def _take(self, generation: Generation, logits: NDArray[Any]) -> None:
         try:
-            reason = generation.take(logits, self._rows.context)
+            reason = generation.take(check_finite(logits), self._rows.context)
         except Exception:
             log.exception("choosing a token")
             reason = "error"

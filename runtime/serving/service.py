@@ -1,16 +1,16 @@
 """A bundle that serves many callers: what every door, be it HTTP or a file of questions, goes through."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image
 
-from uhd_export.runtime.bundle.integrity import verify_files
-from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, part_files, read_manifest
-from uhd_export.runtime.engines.backends import default_device, open_engine
+from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
+from uhd_export.runtime.bundle.opening import open_engines
+from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
@@ -61,10 +61,11 @@ class Service:
         settings: Settings,
         engines: tuple[Engine, Engine],
         options: ServiceOptions,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         vision, language = engines
         self.manifest, self.settings, self.options = manifest, settings, options
-        self._engines = engines
+        self._engines, self._check = engines, check
         self.context = options.context or settings.context
         self.memory = plan_memory(
             manifest.model,
@@ -110,7 +111,6 @@ class Service:
         """
         folder, options = Path(bundle), options or ServiceOptions()
         manifest = read_manifest(folder)
-        verify_files(folder, manifest)
         most = manifest.settings.context
         if options.context is not None and not 1 <= options.context <= most:
             raise UhdError(
@@ -123,12 +123,9 @@ class Service:
             slicing.get("max_slices"),
             slicing.get("resize", KEEP),
         )
-        vision, language = (
-            open_engine(folder / name, manifest.backend, device=device, threads=threads)
-            for name in part_files(manifest.backend)
-        )
+        vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
-            return cls(folder, manifest, settings, (vision, language), options)
+            return cls(folder, manifest, settings, (vision, language), options, files.check)
         except BaseException:
             vision.close()
             language.close()
@@ -182,7 +179,10 @@ class Service:
         )
 
     def submit(self, request: Request) -> AnswerStream:
-        """Ask for an answer. Raises Busy where too many wait, Closed when the service ends."""
+        """Ask for an answer. Raises Busy where too many wait, Closed when the service ends, UhdError
+        where a file of the bundle was changed meanwhile.
+        """
+        self._check()
         return self.scheduler.submit(request)
 
     def close(self, grace: float = 0.0) -> None:

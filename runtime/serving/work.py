@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from uhd_export.runtime.errors import UhdError, explain
-from uhd_export.runtime.image.pixels import open_image
+from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language.pairs import Pair
 from uhd_export.runtime.language.prompt import IMAGE
 from uhd_export.runtime.serving.choice import Choosing

@@ -1,13 +1,12 @@
 """What a bundle is, and how its check went, as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from uhd_export.runtime.bundle.integrity import verify_files
@@ -21,15 +20,18 @@ from uhd_export.runtime.bundle.manifest import (
 )
 from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.engines.tensorrt.record import plan_memory, read_record
+from uhd_export.runtime.errors import printable
 from uhd_export.runtime.progress import progress_bar
 from uhd_export.runtime.terminal.console import output
 from uhd_export.runtime.terminal.quality_report import print_quality as print_quality
+from uhd_export.runtime.terminal.text import cell
 from uhd_export.runtime.units import format_bytes
 
 
-def describe_bundle(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """The manifest ready for JSON, with the folder and its size in bytes."""
-    return {"bundle": str(folder), "bytes": total_bytes(manifest), **asdict(manifest)}
+def describe_bundle(folder: Path, manifest: Manifest, verified: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest ready for JSON, with the folder, its size in bytes and how each file was `verified`."""
+    facts = {"bundle": str(folder), "bytes": total_bytes(manifest), **asdict(manifest)}
+    return facts | {"verified": dict(verified)}
 
 
 def total_bytes(manifest: Manifest) -> int:
@@ -45,14 +47,16 @@ def check_files(folder: Path, reason: str) -> None:
     manifest = read_manifest(folder)
     size = total_bytes(manifest)
     with progress_bar("hashing", size) as bar:
-        verify_files(folder, manifest, hash_limit=None, on_bytes=bar.advance)
-    print(f"{folder}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
+        verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
+    print(f"{printable(str(folder))}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
     print_parity(manifest.parity)
-    print(f"parity not measured: {reason}")
+    print(f"parity not measured: {printable(reason)}")
 
 
-def print_bundle(folder: Path, manifest: Manifest, console: Console | None = None) -> None:
-    """Print what the bundle in `folder` holds, for people."""
+def print_bundle(
+    folder: Path, manifest: Manifest, verified: Mapping[str, str], console: Console | None = None
+) -> None:
+    """Print what the bundle in `folder` holds, for people, and how each file was `verified`."""
     console = console or output()
     model, settings, source = manifest.model, manifest.settings, manifest.source
     longest = "as it is"
@@ -84,14 +88,15 @@ def print_bundle(folder: Path, manifest: Manifest, console: Console | None = Non
     if manifest.vision_quantization is not None:
         rows["vision weights"] = describe_vision(manifest.vision_quantization)
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, cell(value))
     console.print(table)
     files = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     files.add_column("file")
     files.add_column("bytes", justify="right")
     files.add_column("SHA-256")
+    files.add_column("")
     for name, record in manifest.files.items():
-        files.add_row(name, f"{record.bytes:,}", record.sha256[:16])
+        files.add_row(cell(name), f"{record.bytes:,}", record.sha256[:16], verified.get(name, "not verified"))
     console.print(files)
     print_parity(manifest.parity, console=console)
     print_quality(folder, manifest, console)
@@ -167,7 +172,7 @@ def _print_table(against: str, built: list[Parity], measured: list[Parity], cons
         mark = "not measured" if planned.value is None else "[green]ok[/green]"
         if not all(entry.ok for entry in entries if entry is not None):
             mark = "[red]over[/red]"
-        table.add_row(": ".join(key), *(_value(entry) for entry in entries), limit, mark)
+        table.add_row(cell(": ".join(key)), *(_value(entry) for entry in entries), limit, mark)
     console.print(table)
 
 

@@ -1,6 +1,5 @@
 """How good a quantized language model is, as it was measured while quantizing, for people."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ from rich.table import Table
 
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Manifest
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.json_files import read_json
 from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.terminal.text import cell
 from uhd_export.runtime.units import format_bytes
 
 _WORST = 5
@@ -22,13 +23,15 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
         return
     path = folder / QUALITY
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path, "quantize the checkpoint again")
+        if not isinstance(report, dict):
+            raise TypeError("no JSON object")
         lines, table = summary_lines(report), worst_linears(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UhdError(f"{path}: not a quality report ({error}); quantize the checkpoint again") from None
     console = console or output()
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(cell(line), highlight=False, soft_wrap=True)
     console.print(table)
     if QUALITY_CHART in manifest.files:
         console.print(f"by layer and module: {folder / QUALITY_CHART}", soft_wrap=True)
@@ -67,7 +70,7 @@ def worst_linears(report: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for linear in sorted(report["linears"], key=lambda one: -one["gptq_error"])[:_WORST]:
         table.add_row(
-            f"layers.{linear['layer']}.{linear['module']}",
+            cell(f"layers.{linear['layer']}.{linear['module']}"),
             f"{linear['samples']:,}",
             f"{linear['rtn_error']:.2e}",
             f"{linear['gptq_error']:.2e}",

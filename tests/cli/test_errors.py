@@ -43,7 +43,7 @@ def test_images_of_every_kind_work(call, golden_bundle, tmp_path, name):
 
 
 def test_rotation_is_applied(tmp_path):
-    from uhd_export.runtime.image.pixels import open_image
+    from uhd_export.runtime.image.source import open_image
 
     save_exif(tmp_path / "rotated.jpg")
     assert open_image(tmp_path / "rotated.jpg").size == (200, 300)

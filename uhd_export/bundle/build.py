@@ -1,6 +1,5 @@
 """Building a bundle: checkpoint in, a folder out that runs without PyTorch."""
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +14,7 @@ from uhd_export.bundle.parity import measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
 from uhd_export.bundle.staging import refuse_existing, staged_folder
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
+from uhd_export.checkpoint.copy import copy_own
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import source_folder
@@ -212,7 +212,7 @@ def _write_language(
     """The language graph, and what stands beside it."""
     for name in (QUALITY, QUALITY_CHART):
         if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+            copy_own(checkpoint.folder, name, folder / name)
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(

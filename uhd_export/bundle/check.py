@@ -51,7 +51,7 @@ def check_bundle(
     manifest = read_manifest(folder)
     size = sum(record.bytes for record in manifest.files.values())
     with progress_bar("hashing", size, show=progress) as bar:
-        verify_files(folder, manifest, hash_limit=None, on_bytes=bar.advance)
+        verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
     if checkpoint is not None:
         source: Path | None = source_folder(checkpoint)
     else:

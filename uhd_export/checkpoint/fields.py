@@ -1,24 +1,22 @@
 """Fields of a JSON configuration and options of a call: read with their type, refused by name."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from uhd_export.runtime import json_files
+from uhd_export.runtime.choices import LARGEST_SIZE
 from uhd_export.runtime.errors import UhdError
 
 Kind = type | tuple[type, ...]
-_LARGEST = 1 << 24
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from `path`; UhdError names the file where it is missing or broken."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json_files.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise UhdError(f"{path}: no such file") from None
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: no JSON, no UTF-8, or a giant number
-        raise UhdError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UhdError(f"{path}: must hold a JSON object")
     return value
@@ -49,7 +47,7 @@ def size(config: dict, field: str, default: int | None = None, where: str = "con
         value = optional(config, field, int, default, where)
     if value < 1:
         raise UhdError(f"{where} field {field}: {value} must be above zero")
-    if value > _LARGEST:
+    if value > LARGEST_SIZE:
         raise UhdError(f"{where} field {field}: {value:.3g} is more than any model has; is the file damaged?")
     return value
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 from uhd_export.checkpoint.fields import optional, positive, required, shown, size
+from uhd_export.runtime.choices import MOST_LAYERS
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.settings import Sampling
 
 # `</s>`, which every LLaMA tokenizer has and transformers takes where no config says otherwise.
 LLAMA_EOS = 2
-_MOST_LAYERS = 1000
 
 
 def language_config(config: dict, generating: dict) -> LanguageConfig:
@@ -79,9 +79,9 @@ def default_sampling(generating: dict) -> Sampling:
 def layer_count(config: dict, where: str = "config") -> int:
     """Its num_hidden_layers."""
     layers = size(config, "num_hidden_layers", where=where)
-    if layers > _MOST_LAYERS:
+    if layers > MOST_LAYERS:
         raise UhdError(
-            f"{where} field num_hidden_layers: {layers} is more than {_MOST_LAYERS}; is it damaged?"
+            f"{where} field num_hidden_layers: {layers} is more than {MOST_LAYERS}; is it damaged?"
         )
     return layers
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from uhd_export.checkpoint.fields import optional, read_json
 from uhd_export.checkpoint.sentencepiece import SPACE, read_sentencepiece
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.tokenizer_file import read_tokenizer
 
 # How Qwen2 splits text before byte-level BPE: a constant of the format, as in its tokenizer.json.
 _QWEN2_SPLIT = (
@@ -28,11 +29,7 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     settings = _settings(folder)
     if (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0][:200]
-            raise UhdError(f"{folder / 'tokenizer.json'}: not a readable tokenizer ({reason})") from None
+        tokenizer = read_tokenizer(folder / "tokenizer.json", "download it again")
     elif (folder / "tokenizer.model").is_file():
         tokenizer = _llama(folder / "tokenizer.model", settings)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():

@@ -19,8 +19,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from uhd_export.runtime.terminal.report import print_json
 
     manifest = read_manifest(bundle)
-    verify_files(bundle, manifest)
+    verified = verify_files(bundle, manifest)
     if as_json:
-        print_json(describe_bundle(bundle, manifest))
+        print_json(describe_bundle(bundle, manifest, verified))
     else:
-        print_bundle(bundle, manifest)
+        print_bundle(bundle, manifest, verified)

@@ -29,6 +29,7 @@ from uhd_export.cli.run import run
 from uhd_export.cli.serve import serve
 from uhd_export.runtime.errors import explain
 from uhd_export.runtime.interrupts import handle_interrupts, was_interrupt
+from uhd_export.runtime.terminal.streams import print_anything
 
 DEFECT, FAILED, INTERRUPTED = 1, 2, 130
 STOPPED = "interrupted; no unfinished output is left (quantizing goes on when the command is given again)"
@@ -56,6 +57,7 @@ class OneLineErrors(click.Group):
         line: str | None
         try:
             handle_interrupts()
+            print_anything()
             code = super().main(args, prog_name or self.name, complete_var, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -13,8 +13,8 @@ from uhd_export.cli.options import json_option, slicing_options
 @json_option
 def plan(source: str, images: ImageOptions, as_json: bool) -> None:
     """Show how an image is cut, its tokens, and what it costs."""
-    from uhd_export.runtime.image.pixels import source_size
     from uhd_export.runtime.image.slicing import plan_slices
+    from uhd_export.runtime.image.source import source_size
     from uhd_export.runtime.progress import status
     from uhd_export.runtime.terminal import report
 

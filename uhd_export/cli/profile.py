@@ -135,7 +135,7 @@ def _profile(
 
 
 def _options(measurement: Measurement, opening: PipelineOptions, *, sweep: bool = False) -> Any:
-    from uhd_export.runtime.image.pixels import source_size
+    from uhd_export.runtime.image.source import source_size
     from uhd_export.runtime.profiling.profiler import ProfileOptions
 
     return ProfileOptions(

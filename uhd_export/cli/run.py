@@ -23,9 +23,9 @@ class SamplingOptions:
 
 @click.command(cls=Command)
 @bundle_argument
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", metavar="IMAGE")
 @click.argument("question", required=False)
-@option("--image", "more", multiple=True, type=click.Path(path_type=Path), help="A further image.")
+@option("--image", "more", multiple=True, metavar="IMAGE", help="A further image.")
 @option(
     "--max-new-tokens",
     "tokens",
@@ -64,15 +64,15 @@ class SamplingOptions:
 @pipeline_options
 def run(
     bundle: Path,
-    image: Path,
+    image: str,
     question: str | None,
-    more: tuple[Path, ...],
+    more: tuple[str, ...],
     tokens: int,
     sampling: SamplingOptions,
     opening: PipelineOptions,
 ) -> None:
-    """Ask BUNDLE about IMAGE; without QUESTION, ask several in a row."""
-    from uhd_export.runtime.image.pixels import open_image
+    """Ask BUNDLE about IMAGE, a path, an address or a data URI; without QUESTION, ask several in a row."""
+    from uhd_export.runtime.image.source import open_image
     from uhd_export.runtime.progress import status
     from uhd_export.runtime.terminal.chat import answer, chat
 
@@ -80,9 +80,9 @@ def run(
         images = [open_image(path) for path in (image, *more)]
     with opening.open(bundle) as pipeline:
         chosen = pipeline.settings.sampling.changed(**asdict(sampling))
-        with status("cutting the image"):
-            conversation = pipeline.converse(images)
         if question is None:
-            chat(pipeline, conversation, tokens=tokens, sampling=chosen)
+            chat(pipeline, images, tokens=tokens, sampling=chosen)
         else:
+            with status("cutting the image"):
+                conversation = pipeline.converse(images)
             answer(pipeline, conversation, question, tokens=tokens, sampling=chosen)

@@ -19,7 +19,7 @@ HTTP = "HTTP"
 def _http(
     api_key: tuple[str, ...], cors: tuple[str, ...], allow_urls: bool, seconds: float, name: str
 ) -> "HttpOptions":
-    from uhd_export.runtime.serving.http.fetch import FetchLimits
+    from uhd_export.runtime.image.fetch import FetchLimits
     from uhd_export.runtime.serving.http.front import HttpOptions
 
     if not all(api_key):

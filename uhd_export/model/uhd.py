@@ -21,8 +21,9 @@ from uhd_export.model.projector import HiwinProjector, V1Projector
 from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import layout_indices
-from uhd_export.runtime.image.pixels import ImageLike, Images, as_images, cut, normalise, open_image
+from uhd_export.runtime.image.pixels import cut, normalise
 from uhd_export.runtime.image.slicing import MAX_SLICES, SlicePlan, plan_slices
+from uhd_export.runtime.image.source import ImageLike, Images, as_images, open_image
 from uhd_export.runtime.language import prompt as prompts
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from uhd_export.runtime.bundle.integrity import hash_file
-from uhd_export.runtime.engines.tensorrt.backend import cache_folder, open_tensorrt
+from uhd_export.runtime.engines.tensorrt.backend import open_tensorrt
 from uhd_export.runtime.engines.tensorrt.record import (
     EngineRecord,
     OptimizationProfile,
@@ -17,7 +17,7 @@ from uhd_export.runtime.engines.tensorrt.record import (
     record_path,
 )
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.files import replacing
+from uhd_export.runtime.files import cache_folder, replacing
 from uhd_export.runtime.progress import Progress
 from uhd_export.tensorrt.builder import build_engine
 from uhd_export.tensorrt.fingerprint import plugin_fingerprint

@@ -159,15 +159,6 @@ def messages(trt: ModuleType) -> Iterator[Messages]:
         log.sinks.remove(sink)
 
 
-def cache_folder() -> Path:
-    """Where engines and compiled kernels are kept: $UHD_EXPORT_CACHE, else in the user's cache folder."""
-    chosen = os.environ.get("UHD_EXPORT_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "uhd-export"
-
-
 # What TensorRT puts around the reason: who says it, an error class, and places in its own source.
 _AROUND = re.compile(
     r"^(?:[\w:]+: )?Error Code \d+: [\w ]+\("  # who says it

@@ -4,10 +4,10 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-from uhd_export.runtime.engines.tensorrt.backend import cache_folder, messages
+from uhd_export.runtime.engines.tensorrt.backend import messages
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda
 from uhd_export.runtime.engines.tensorrt.record import EngineRecord
-from uhd_export.runtime.files import write_file
+from uhd_export.runtime.files import cache_folder, write_file
 
 
 class JitCache:

@@ -16,6 +16,7 @@ from uhd_export.runtime import typed_json
 from uhd_export.runtime.engines.base import TensorInfo
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
+from uhd_export.runtime.json_files import read_json
 
 RECORD_VERSION = 1
 Shape = tuple[int, ...]
@@ -137,8 +138,8 @@ def read_record(engine: str | Path) -> EngineRecord:
     if not engine.is_file():
         raise UhdError(f"engine {engine}: no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_json(path, "build the bundle again")
+    except OSError as error:
         raise UhdError(f"engine {engine}: no record beside it ({error}); build the bundle again") from None
     version = content.get("record_version") if isinstance(content, dict) else None
     if version != RECORD_VERSION:

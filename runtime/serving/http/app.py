@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from uhd_export.runtime.image.fetch import Fetcher
 from uhd_export.runtime.serving.http.errors import add_errors
-from uhd_export.runtime.serving.http.fetch import Fetcher
 from uhd_export.runtime.serving.http.front import Front, HttpOptions
 from uhd_export.runtime.serving.http.guard import Guard
 from uhd_export.runtime.serving.http.metrics import Metrics

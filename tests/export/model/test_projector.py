@@ -7,7 +7,8 @@ from support.goldens import GOLDEN, TOLERANCE, assert_close, golden_tensors
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.runtime.config import ProjectorConfig
 from uhd_export.runtime.image.geometry import crop_geometry
-from uhd_export.runtime.image.pixels import cut, normalise, open_image
+from uhd_export.runtime.image.pixels import cut, normalise
+from uhd_export.runtime.image.source import open_image
 
 IMAGES = {"main": (1008, 672, 0), "wide": (500, 120, 5)}
 WINDOWS = [0, 1, 77, 143]

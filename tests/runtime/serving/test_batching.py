@@ -58,7 +58,7 @@ def pipeline_prompt(pipeline, question):
 
 
 def as_pil(image):
-    from uhd_export.runtime.image.pixels import open_image
+    from uhd_export.runtime.image.source import open_image
 
     return open_image(image)
 

@@ -14,8 +14,8 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.serving.http import fetch
-from uhd_export.runtime.serving.http.fetch import Fetcher, FetchLimits, is_public
+from uhd_export.runtime.image import fetch
+from uhd_export.runtime.image.fetch import Fetcher, FetchLimits, is_public
 
 PUBLIC = "203.0.113.7"  # the address that the tests' names have, which leads to loopback
 

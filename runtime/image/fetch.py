@@ -1,13 +1,16 @@
-"""Images by URL: data URIs always; https only where it is allowed, and never into a private network."""
+"""Images by URL: within limits of size, time and redirects, and of where an address may lead.
+
+A server takes https where that is allowed, and never follows an address into a private network. A person who
+names an address on the command line may mean any that this machine reaches.
+"""
 
 import asyncio
-import base64
-import binascii
 import ipaddress
-import re
 import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -15,8 +18,9 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.data_uri import data_uri
+from uhd_export.runtime.image.decode import MAX_BYTES
 
-_DATA = re.compile(r"data:(image/[\w.+-]+)?(;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
@@ -24,12 +28,16 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """`allow_urls` admits https; an image has at most `max_bytes`, and is there in `seconds` or refused."""
+    """`allow_urls` admits addresses; an image has at most `max_bytes`, and is there in `seconds` or refused.
+
+    With `public_only` it must be https to the usual port of a machine on the public internet.
+    """
 
     allow_urls: bool = False
     max_bytes: int = 20 << 20
     seconds: float = 10.0
     redirects: int = 3
+    public_only: bool = True
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -97,7 +105,7 @@ class Fetcher:
     async def fetch(self, url: str) -> bytes:
         """What lies at `url`. Raises UhdError naming why it is refused."""
         if url[:5].lower() == "data:":
-            return self._decode(url)
+            return data_uri(url, self.limits.max_bytes, "image_url")
         if not self.limits.allow_urls:
             raise UhdError(
                 "image_url: only data URIs are taken here; the server takes https with --allow-urls"
@@ -112,24 +120,14 @@ class Fetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError, OSError) as error:
             raise UhdError(f"image_url: cannot be fetched ({error or type(error).__name__})") from None
 
-    def _decode(self, url: str) -> bytes:
-        head = _DATA.match(url[:256])
-        if not head:
-            raise UhdError("image_url: a data URI must read data:image/png;base64,... with an image's type")
-        if (len(url) - head.end()) * 3 // 4 > self.limits.max_bytes:
-            raise self._too_large()
-        try:
-            return base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise UhdError("image_url: the data URI is not base64") from None
-
     async def _get(self, url: str) -> bytes:
         """Follow redirects by hand: each goes through the same checks as the first address."""
         async with httpcore.AsyncConnectionPool(
-            ssl_context=self._tls or ssl.create_default_context(), network_backend=self._network
+            ssl_context=self._tls or ssl.create_default_context(),
+            network_backend=self._network if self.limits.public_only else None,
         ) as pool:
             for _ in range(self.limits.redirects + 1):
-                _check(url)
+                _check(url, self.limits.public_only)
                 async with pool.stream("GET", url, headers={"Accept": "image/*"}) as response:
                     if response.status in _REDIRECTS:
                         target = dict(response.headers).get(b"location", b"").decode("latin-1")
@@ -152,15 +150,32 @@ class Fetcher:
         return UhdError(f"image_url: more than {self.limits.max_bytes / 2**20:g} MiB; send it smaller")
 
 
-def _check(url: str) -> None:
+def fetch_now(url: str) -> bytes:
+    """What lies at `url`, which this machine's user names. Raises UhdError; waits, in any thread."""
+    fetcher = Fetcher(FetchLimits(allow_urls=True, max_bytes=MAX_BYTES, seconds=30.0, public_only=False))
+    done: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(asyncio.run(fetcher.fetch(url)))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A thread of its own: the caller's may run an event loop, and Ctrl-C leaves this one behind.
+    threading.Thread(target=run, name="uhd-fetch", daemon=True).start()
+    return done.result()
+
+
+def _check(url: str, public_only: bool) -> None:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         raise UhdError("image_url: no valid address") from None
-    if parts.scheme.lower() != "https" or not host:
-        raise UhdError("image_url: only data URIs and https addresses are taken")
-    if parts.username or parts.password or port not in (None, 443):
+    schemes = ("https",) if public_only else ("https", "http")
+    if parts.scheme.lower() not in schemes or not host:
+        raise UhdError(f"image_url: only data URIs and {' and '.join(schemes)} addresses are taken")
+    if public_only and (parts.username or parts.password or port not in (None, 443)):
         raise UhdError("image_url: no user names and no other port than 443 are taken")
     if not url.isascii() or any(ord(c) < 33 for c in url):
         raise UhdError("image_url: write the address in ASCII, percent-encoded")
