@@ -187,6 +187,8 @@ def _earlier_report(out: Path, identity: dict[str, str]) -> Report:
     remedy = "delete it, or give it to build as the checkpoint"
     try:
         record = json_files.read_json(out / QUALITY)
+        if not isinstance(record, dict):
+            raise TypeError("no JSON object")
         report = Report.from_json(record)
         before = dict(record["settings"]["made_of"])
     except (OSError, UhdError, ValueError, KeyError, TypeError, AttributeError):

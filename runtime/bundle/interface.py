@@ -54,8 +54,8 @@ def check_vision(engine: Engine, manifest: Manifest) -> None:
             free = name.startswith(("roi_", "window_position_"))
             shape = [FREE if a != b or (free and axis == 1) else a for axis, (a, b) in enumerate(dims)]
             inputs[name] = TensorInfo(_own_float(engine.inputs, name), tuple(shape))
-    shape = (FREE, model.projector.side**2, model.projector.hidden)
-    _check(engine, inputs, {TOKENS: TensorInfo(_own_float(engine.outputs, TOKENS), shape)}, geometries[0])
+    tokens = (FREE, model.projector.side**2, model.projector.hidden)
+    _check(engine, inputs, {TOKENS: TensorInfo(_own_float(engine.outputs, TOKENS), tokens)}, geometries[0])
 
 
 def check_language(engine: Engine, manifest: Manifest) -> None:

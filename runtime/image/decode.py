@@ -119,7 +119,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises UhdError where its values have no meaning as 8 bits.
     """
     deep = not image.mode.startswith("I") and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    turned = _ORIENTATIONS.get(_orientation(image))
+    turned = _ORIENTATIONS.get(_orientation(image) or 1)
     image.load()
     if turned is not None:
         image = image.transpose(turned)
@@ -132,7 +132,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
     rgb = image if image.mode == "RGB" and turned is not None else image.convert("RGB")
-    if deep and max(high for _, high in rgb.getextrema()) < _DARK >> 8:
+    if deep and int(np.asarray(rgb).max()) < _DARK >> 8:
         raise _too_dark(name, "their high bytes are")
     rgb.info = {"source": name}
     return rgb

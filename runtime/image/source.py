@@ -40,7 +40,7 @@ def as_images(images: Images) -> list[ImageLike]:
     if isinstance(images, one) or hasattr(images, "read") or _is_tensor(images):
         return [images]  # type: ignore[list-item]
     try:
-        return list(images)  # type: ignore[arg-type]
+        return list(images)
     except TypeError:  # `open_image` tells what is expected
         return [images]  # type: ignore[list-item]
 

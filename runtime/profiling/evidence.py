@@ -1,6 +1,5 @@
 """What a bundle says of itself that belongs beside its figures: parity, quality, tokens by image size."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from uhd_export.runtime.bundle.manifest import QUALITY, Manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import visual_token_count
 from uhd_export.runtime.image.slicing import Size, plan_slices
+from uhd_export.runtime.json_files import read_json
 from uhd_export.runtime.settings import Settings
 
 _RATIOS = {"1:1": (1, 1), "3:2": (3, 2), "16:9": (16, 9)}
@@ -30,8 +30,8 @@ def bundle_evidence(folder: Path, manifest: Manifest) -> dict[str, Any]:
     quality = None
     if QUALITY in manifest.files:
         try:
-            quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            quality = read_json(folder / QUALITY, "build the bundle again")
+        except OSError as error:
             raise UhdError(f"{folder / QUALITY}: cannot be read ({error}); build the bundle again") from None
     return {"parity": [asdict(parity) for parity in manifest.parity], "quality": quality}
 

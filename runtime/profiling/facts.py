@@ -1,11 +1,11 @@
 """A profile as plain facts, ready for JSON: what files, pictures and comparisons are made from."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.json_files import read_json
 from uhd_export.runtime.profiling.machine import BUSY
 from uhd_export.runtime.profiling.paper import PAPER, PAPER_NOTE
 from uhd_export.runtime.profiling.profiler import Profile
@@ -48,8 +48,8 @@ def warnings(profile: Profile) -> list[str]:
 def read_profile(path: Path) -> dict[str, Any]:
     """The facts that `profile --json` wrote to `path`. Raises UhdError where it is something else."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = read_json(path)
+    except OSError as error:
         raise UhdError(f"profile {path}: cannot be read ({error})") from None
     if not isinstance(facts, dict) or facts.get("kind") != KIND:
         raise UhdError(f"profile {path}: is not what `uhd-export profile --json` writes")

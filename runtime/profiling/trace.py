@@ -43,7 +43,9 @@ def write_trace(pipeline: Pipeline, options: ProfileOptions, path: Path) -> None
             for part, name in names.items()
         }
         context = pipeline.generator.decoder.context
-        with Pipeline(pipeline.folder, manifest, **engines, context=context) as traced:
+        with Pipeline(
+            pipeline.folder, manifest, engines["vision"], engines["language"], context=context
+        ) as traced:
             traced.settings = pipeline.settings
             (sequence,) = question_sequences(traced, options.size, [mode], options.tokens).values()
             runs = [run_once(traced, sequence, options.tokens) for _ in range(2)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.json_files import parse_json
 from uhd_export.runtime.language.pairs import numbered_lines, parse_pair
 from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.service import Service
@@ -150,7 +151,7 @@ def _records(content: bytes, output: Path) -> Iterator[dict[str, Any]]:
     for line in content.split(b"\n"):
         if line:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 record = None
             if not isinstance(record, dict):

@@ -85,12 +85,16 @@ def test_run_with_several_images(call, fails, golden_bundle, image_file):
     assert "no such file" in fails(*arguments, "--image", "absent.png")
 
 
-def test_chat_reads_questions_until_an_empty_line(call, golden_bundle, image_file):
+def test_chat_reads_questions_until_they_end(call, golden_bundle, image_file):
     done = call("run", golden_bundle, image_file, "--max-new-tokens", 2, input="One?\nTwo?\n\nThree?\n")
     assert done.exit_code == 0, done.output
-    assert len(done.stdout.splitlines()) == 2
-    ended = call("run", golden_bundle, image_file, "--max-new-tokens", 2, input="One?\n")
-    assert ended.exit_code == 0 and len(ended.stdout.splitlines()) == 1
+    assert len(done.stdout.splitlines()) == 3
+    bad = call("run", golden_bundle, image_file, "--max-new-tokens", 2, input=b"One?\ncaf\xe9?\n<image>\n")
+    assert bad.exit_code == 2 and len(bad.stdout.splitlines()) == 2
+    first, last = (line for line in bad.stderr.splitlines() if line.startswith("error: "))
+    assert "character 4 is none of Unicode" in first and last.endswith(
+        "1 of 3 were not answered, as told above"
+    )
 
 
 def test_eval_counts_exact_answers(call, golden_bundle, monkeypatch):

@@ -247,7 +247,8 @@ def test_streamed_text_is_the_decoded_whole(tokenizer, ids):
 @given(text=st.text(min_size=1, max_size=8), cut=st.integers(1, 3))
 def test_a_cut_character_is_one_replacement_and_the_others_stay(tokenizer, text, cut):
     raw = text.encode()[:-cut]
-    assert decode(tokenizer, [3 + byte for byte in raw]) == raw.decode(errors="replace")
+    # The space that a text of such a tokenizer begins with is its own, and is left out.
+    assert decode(tokenizer, [3 + byte for byte in raw]) == raw.decode(errors="replace").removeprefix(" ")
 
 
 @given(text=st.text(max_size=20))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.refusals import one_line_error
 
-from uhd_export.runtime import typed_json
+from uhd_export.runtime import errors, typed_json
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
 from uhd_export.runtime.bundle.manifest import (
     MANIFEST,
@@ -199,13 +199,14 @@ class _Outer:
     flag: bool
 
 
+printable = st.text().filter(lambda text: errors.printable(text) == text and "\n" not in text)
 inner = st.builds(
     _Inner,
     st.integers(),
     st.lists(st.floats(allow_nan=False)).map(tuple),
-    st.none() | st.text(),
+    st.none() | printable,
 )
-outer = st.builds(_Outer, st.lists(inner).map(tuple), st.dictionaries(st.text(), inner), st.booleans())
+outer = st.builds(_Outer, st.lists(inner).map(tuple), st.dictionaries(printable, inner), st.booleans())
 
 
 @given(outer)

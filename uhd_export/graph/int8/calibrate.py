@@ -123,7 +123,7 @@ def _observe(
         encoder = VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding)
         for image in images:
             count += 1
-            planned = plan_image(image, settings, side=config.projector.side, patch=config.vision.patch)
+            planned = plan_image(image, settings, config.model)
             for crop in cut(planned.image, planned.plan):
                 for _, feeds in encoder.batches([crop], settings.grid_mode):
                     for name, values in _by_product(engine.infer(feeds)):
