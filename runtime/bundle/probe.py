@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.bundle.manifest import Manifest
-from uhd_export.runtime.engines.tensorrt.backend import cache_folder
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.files import write_file
+from uhd_export.runtime.files import cache_folder, write_file
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.generation import TextGenerator

@@ -9,9 +9,9 @@ import anyio.to_thread
 from PIL import Image
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.fetch import Fetcher, FetchLimits
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http import chat
-from uhd_export.runtime.serving.http.fetch import Fetcher, FetchLimits
 from uhd_export.runtime.serving.http.schema import ChatMessage, ChatRequest
 from uhd_export.runtime.serving.images import read_image
 from uhd_export.runtime.serving.request import Request

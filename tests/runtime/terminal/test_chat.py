@@ -12,7 +12,7 @@ from prompt_toolkit.output import DummyOutput
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.interrupts import Terminated
-from uhd_export.runtime.language.sampling import Sampling
+from uhd_export.runtime.settings import Sampling
 from uhd_export.runtime.terminal import chat as chats
 from uhd_export.runtime.terminal import questions
 from uhd_export.runtime.terminal.questions import PromptQuestions, Questions, StdinQuestions
