@@ -1,0 +1,1 @@
+"""Past one machine, by Ray: replicas behind one address, and a file of questions over many machines."""

@@ -1,0 +1,89 @@
+"""A cluster of two replicas on this machine: one image stays with one replica, and a dead one is replaced."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from support.requests import about
+
+from uhd_export.runtime.serving.http.front import HttpOptions
+
+ray = pytest.importorskip("ray")
+
+
+def open_nano(bundle):
+    from uhd_export.runtime.serving.service import Service, ServiceOptions
+
+    return lambda: Service.open(bundle, ServiceOptions(slots=2, context=2048), threads=1)
+
+
+@pytest.fixture(scope="module")
+def address(nano_bundle):
+    from ray import serve
+
+    from uhd_export.runtime.serving.cluster.serve import ClusterOptions, run
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        options = ClusterOptions(replicas=2, slots=2, cpus=0.1)
+        run(open_nano(nano_bundle), HttpOptions(keys=("secret",)), options, port=port)
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def client(address):
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=address, headers=headers, timeout=120) as client:
+        yield client
+
+
+def ask(client, image, question, **fields):
+    body = {"messages": about(image, question), "max_tokens": 8, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def replicas() -> set[int]:
+    """Processes of the replicas, by the title that Ray gives them."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"ServeReplica:default:replica" in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_the_cluster(client, cards):
+    image, question, code = cards[0]
+    # The same application, its keys and refusals too.
+    assert client.get("/v1/models").json()["data"][0]["id"] == "llava-uhd"
+    assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
+    # One image stays with the replica that has encoded it.
+    answers = [ask(client, image, question).json() for _ in range(4)]
+    assert {answer["choices"][0]["message"]["content"] for answer in answers} == {code}
+    assert [answer["timings"]["images_encoded_before"] for answer in answers] == [0, 1, 1, 1]
+    streamed = ask(client, image, question, stream=True)
+    assert streamed.headers["content-type"].startswith("text/event-stream") and "[DONE]" in streamed.text
+    # A replica that dies is replaced, and every request is answered, elsewhere or with 503.
+    pids = replicas()
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        statuses = []
+        deadline = time.monotonic() + 90
+        while statuses[-3:] != [200] * 3:
+            assert time.monotonic() < deadline, statuses
+            statuses.append(ask(client, image, question).status_code)
+            assert statuses[-1] in (200, 503)
+    assert ask(client, image, question).json()["choices"][0]["message"]["content"] == code
