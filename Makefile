@@ -1,6 +1,7 @@
 # make test    every test          make demo    build, check, ask and profile the embedded model
 # make quick   the quick tests     make clean   remove what these made (not .venv)
 # make lint    style and types     make serve-demo    the page and the API on the embedded model
+# make fuzz    damaged inputs by the thousand, with counts by outcome
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
@@ -17,11 +18,11 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test quick test-gpu demo serve-demo lint clean
+.PHONY: help test quick test-gpu fuzz demo serve-demo lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 5
+	@sed -n 's/^# //p' Makefile | head -n 6
 
 $(READY): pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
@@ -66,6 +67,11 @@ lint: $(READY)
 	@rm -rf $(LINKS) && mkdir -p $(LINKS)/uhd_export
 	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(LINKS)/uhd_export
 	@cd $(LINKS) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python
+
+# Longer than the campaign among the tests: SEED chooses the cases, KIND one kind of input.
+fuzz: $(READY)
+	@echo "==> damaged inputs by the thousand, counted by outcome"
+	@cd tests && $(CURDIR)/$(BIN)/python -m fuzz $(or $(SEED),1) $(KIND)
 
 demo: $(READY)
 	@echo "==> build: nano, a small LLaVA-UHD v2 checkpoint in this package, into $(BUNDLE)"

@@ -79,6 +79,8 @@ class Work:
         except (OSError, ValueError):
             previous = {}
         if previous == identity:
+            for half in self.folder.glob(".*.partial"):  # of a process that was killed while it wrote
+                half.unlink()
             return
         if previous is not None:
             changed = ", ".join(differing(previous, identity))

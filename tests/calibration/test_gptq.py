@@ -11,9 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import faults
+from support.folders import leftovers
 from torch import nn
 
 from uhd_export import load_model
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.options import BuildOptions
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
@@ -30,11 +34,13 @@ from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import embedding_rows
 from uhd_export.nano.cards import NAMES, make_card_image, question
 from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
+from uhd_export.runtime.bundle.integrity import verify_files
+from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, read_manifest
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, Turn
@@ -549,3 +555,32 @@ def test_visual_tokens_make_better_calibration_than_text(tmp_path):
     rounded = np.mean([record.rtn_error for record in run.records()])
     assert errors["visual"] < 0.75 * rounded
     assert errors["visual"] < errors["text"]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_comes_to_the_same_bundle(source, quantized, tmp_path):
+    """`quantize` on the way of `build --weights int4`, killed at later and later events, until a run ends."""
+    out, folder = tmp_path / "out", tmp_path / "out-gptq"
+
+    def make():
+        quantize(source, folder, options=_options(source), pairs=_pairs(), reuse=True)
+        return folder
+
+    def run():
+        options = BuildOptions(
+            reading=SourceOptions(vision_tower=source / "clip"), weights=WeightOptions("int4")
+        )
+        build_bundle(source, out, options=options, quantize=make, verify=False)
+
+    lives, number = 0, 2  # of lives that were ended, and of the event that ends the next
+    while faults.killed_at(number, tmp_path, run):
+        lives, number = lives + 1, number + 4 + 3 * lives
+        assert not out.exists() and lives < 12
+        # A checkpoint is whole or not there, whatever the moment.
+        assert not folder.exists() or _bytes(folder) == _bytes(quantized[0])
+    assert lives > 3
+    assert _bytes(folder) == _bytes(quantized[0])
+    manifest = read_manifest(out)
+    verify_files(out, manifest, remembered=False)
+    assert manifest.quantization.method == "gptq"
+    assert leftovers(tmp_path) == ["out", "out-gptq"]

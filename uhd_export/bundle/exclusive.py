@@ -28,9 +28,11 @@ def exclusive(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()  # while it is held, so that nobody's but this one goes
-        os.close(handle)
+        try:
+            with suppress(OSError):
+                path.unlink()  # while it is held, so that nobody's but this one goes
+        finally:
+            os.close(handle)
 
 
 def _take(path: Path, out: Path) -> int:

@@ -9,16 +9,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from uhd_export.runtime import typed_json
+from uhd_export.runtime.choices import LARGEST_SIZE
 from uhd_export.runtime.engines.base import TensorInfo
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.files import write_file
 from uhd_export.runtime.json_files import read_json
 
 RECORD_VERSION = 1
+_DTYPES = ("float32", "float16", "int32", "int64", "int8", "uint8", "bool")
 Shape = tuple[int, ...]
 
 
@@ -32,7 +35,7 @@ class TensorRecord:
     @property
     def info(self) -> TensorInfo:
         """As engines describe it."""
-        return TensorInfo(np.dtype(self.dtype), tuple(int(d) if d.isdigit() else d for d in self.shape))
+        return TensorInfo(np.dtype(self.dtype), tuple(int(d) if d.isdecimal() else d for d in self.shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def plan_memory(record: EngineRecord) -> MemoryPlan:
         sizes: dict[str, int] = {}
         for name, found in profile.ranges.items():
             dims = zip(record.inputs[name].shape, found.max, strict=True)
-            sizes |= {dim: most for dim, most in dims if not dim.isdigit()}
+            sizes |= {dim: most for dim, most in dims if not dim.isdecimal()}
         tensors = [tensor for name, tensor in record.inputs.items() if name not in state_names]
         tensors += [tensor for name, tensor in record.outputs.items() if name not in record.aliases]
         transfers[profile.name] = sum(_nbytes(tensor, sizes) for tensor in tensors)
@@ -147,7 +150,39 @@ def read_record(engine: str | Path) -> EngineRecord:
             f"{path}: record version {version} instead of {RECORD_VERSION}; build the bundle again"
         )
     record = typed_json.read(EngineRecord, content, str(path))
+    _validate(record, path)
     size = engine.stat().st_size
     if size != record.bytes:
         raise UhdError(f"engine {engine}: {size} bytes instead of {record.bytes}; copy it again or rebuild")
     return record
+
+
+def _validate(record: EngineRecord, path: Path) -> None:
+    """Raise UhdError naming the first tensor or profile that contradicts itself or another."""
+
+    def refuse(field: str, reason: str) -> NoReturn:
+        raise UhdError(f"{path}.{field}: {reason}; build the bundle again")
+
+    for part, tensors in (("inputs", record.inputs), ("outputs", record.outputs)):
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                refuse(f"{part}.{name}.dtype", f"{tensor.dtype!r} is no type of an engine's tensors")
+            sizes = [int(dim) for dim in tensor.shape if dim.isdecimal() and len(dim) < 20]
+            if len(tensor.shape) > 8 or max(sizes, default=0) > LARGEST_SIZE:
+                refuse(f"{part}.{name}.shape", "is no shape of a tensor")
+    for output, name in record.aliases.items():
+        if output not in record.outputs or name not in record.inputs:
+            refuse("aliases", f"{output!r} and {name!r} are not an output and an input")
+    if not record.profiles or not record.compute_capabilities:
+        refuse("profiles", "there must be one, and a compute capability")
+    for profile in record.profiles:
+        for name, found in profile.ranges.items():
+            shape = record.inputs[name].shape if name in record.inputs else ()
+            if not all(len(shape) == len(limit) for limit in (found.min, found.opt, found.max)):
+                refuse(f"profiles.{profile.name}.{name}", "is not about an input of as many dimensions")
+            if not all(0 <= size <= LARGEST_SIZE for size in (*found.min, *found.opt, *found.max)):
+                refuse(f"profiles.{profile.name}.{name}", "has a size that no tensor has")
+        free = {dim for tensor in record.inputs.values() for dim in tensor.shape if not dim.isdecimal()}
+        named = {dim for name in profile.ranges for dim in record.inputs[name].shape}
+        if free - named:
+            refuse(f"profiles.{profile.name}", f"gives no range for {sorted(free - named)[0]!r}")
