@@ -67,7 +67,7 @@ def _sequence(manifest: Manifest, generator: TextGenerator) -> PromptSequence | 
     """The prompt, its image as one crop; None where it and a token do not fit the context."""
     model = manifest.model
     settings = dataclasses.replace(manifest.settings, max_slices=1, resize=None)
-    image = plan_image(pattern(*_SIZE), settings, side=model.projector.side, patch=model.vision.patch)
+    image = plan_image(pattern(*_SIZE), settings, model)
     ids = prompts.encode(generator.tokenizer, prompts.render(_QUESTION, settings.template))
     sequence = PromptSequence(ids, [image])
     return sequence if len(sequence) < generator.decoder.context else None
