@@ -40,6 +40,11 @@ def verify_files(
         path = folder / name
         if not path.is_file():
             raise UhdError(f"bundle {folder}: {name} is missing; copy it again or rebuild")
+        if name.endswith(".data") and path.resolve().parent != folder.resolve():
+            raise UhdError(
+                f"bundle {folder}: {name} is a link that leads out of it, which ONNX Runtime "
+                "does not follow; put the file in its place"
+            )
         status = path.stat()
         if status.st_size != record.bytes:
             raise UhdError(

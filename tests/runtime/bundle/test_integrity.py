@@ -66,6 +66,15 @@ def test_a_cache_that_cannot_be_read_is_an_empty_one(large, tmp_path, content):
     assert set(verify_files(large, read_manifest(large)).values()) == {NOW}
 
 
+def test_weights_that_lie_elsewhere_are_named(large, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    name = "language.onnx.data"
+    (large / name).rename(tmp_path / "elsewhere" / name)
+    (large / name).symlink_to(tmp_path / "elsewhere" / name)
+    with pytest.raises(UhdError, match=f"{name} is a link that leads out of it, .*put the file in its place"):
+        verify_files(large, read_manifest(large))
+
+
 def test_inspect_tells_what_is_verified(large, call):
     shown = [call("inspect", large, "--json") for _ in range(2)]
     before, after = (json.loads(done.stdout)["verified"] for done in shown)

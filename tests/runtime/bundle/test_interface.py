@@ -1,10 +1,14 @@
 """An engine whose inputs or outputs are not what the manifest says is refused when the bundle is opened."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fuzz.targets import forge, write_signed
 
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.bundle.integrity import hash_file
 from uhd_export.runtime.bundle.interface import check_embeddings, check_language, check_vision
 from uhd_export.runtime.bundle.manifest import read_manifest
 from uhd_export.runtime.engines.backends import open_engine
@@ -83,3 +87,19 @@ def test_a_cache_of_too_few_positions_is_refused(golden_bundle, interfaces):
 def test_an_embedding_table_of_another_size_is_refused(golden_bundle, vocab, hidden):
     with pytest.raises(UhdError, match=f"embeddings of shape .{vocab}, {hidden}., expected"):
         check_embeddings(SimpleNamespace(vocab=vocab, hidden=hidden), read_manifest(golden_bundle))
+
+
+def test_weights_that_are_no_numbers_are_an_error_not_a_blank_answer(golden_bundle, tmp_path, image_file):
+    folder = forge(golden_bundle, tmp_path)
+    table = np.load(golden_bundle / "embeddings.npy")
+    (folder / "embeddings.npy").unlink()
+    np.save(folder / "embeddings.npy", np.full_like(table, np.nan))
+    record = json.loads((folder / "manifest.json").read_text())
+    path = folder / "embeddings.npy"
+    record["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    write_signed(folder, record)
+    with (
+        Pipeline.open(folder, threads=1, max_slices=1) as pipeline,
+        pytest.raises(UhdError, match="logits are not finite numbers"),
+    ):
+        pipeline.answer(image_file, "w400", max_new_tokens=2)
