@@ -22,6 +22,25 @@ SEQUENCE_LENGTHS = "seqlens_k"
 TOTAL_LENGTH = "total_sequence_length"
 # TensorScatter: where in the cache the sequence goes.
 WRITE_INDEX = "write_index"
+# An input of any values whose length is how much of the cache attention reads (see `visible`).
+VISIBLE = "visible"
+_LEAST_VISIBLE = 512
+
+
+def visible_sizes(context: int) -> list[int]:
+    """How much of a cache of `context` positions attention may be told to read: 512, 1024, ... and all.
+
+    An engine has kernels for these sizes alone, and a CUDA graph for each that is met.
+    """
+    sizes = []
+    while _LEAST_VISIBLE << len(sizes) < context:
+        sizes.append(_LEAST_VISIBLE << len(sizes))
+    return [*sizes, context]
+
+
+def visible(positions: int, context: int) -> NDArray[np.bool_]:
+    """What to feed as `VISIBLE` where `positions` are in use: the least size that holds them."""
+    return np.ones(next(size for size in visible_sizes(context) if size >= positions), np.bool_)
 
 
 class Decoder:
@@ -34,7 +53,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, context: int | None = None) -> None:
         self._dtype = engine.inputs[EMBEDS].dtype
-        self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX} & engine.inputs.keys()
+        self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX, VISIBLE} & engine.inputs.keys()
         self.hidden = engine.inputs[EMBEDS].shape[2]
         self.vocab = engine.outputs[LOGITS].shape[2]
         self.length = 0
@@ -46,6 +65,7 @@ class Decoder:
         elif context is None:
             raise UhdError("context: the engine has no fixed one; say how many positions to hold")
         self.context = context
+        self._capacity = capacity if isinstance(capacity, int) else context
         pattern = re.escape(PAST).replace(r"\{\}", "(.+)")
         found = [(name, re.fullmatch(pattern, name)) for name in engine.inputs]
         shared = {name: PRESENT.format(*match.groups()) for name, match in found if match}
@@ -106,6 +126,7 @@ class Decoder:
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
             TOTAL_LENGTH: np.array(total, np.int32),
             WRITE_INDEX: np.array([past], np.int64),
+            VISIBLE: visible(total, self._capacity),
         }
         feeds: dict[str, Array] = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
         logits = check_finite(self._cache.infer(feeds, stop)[LOGITS].reshape(-1))

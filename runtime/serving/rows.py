@@ -18,7 +18,9 @@ from uhd_export.runtime.language.decoder import (
     ROWS,
     SEQUENCE_LENGTHS,
     TOTAL_LENGTH,
+    VISIBLE,
     WRITE_INDEX,
+    visible,
 )
 
 
@@ -35,10 +37,11 @@ class Rows:
         info = engine.inputs[EMBEDS]
         self._dtype, self.hidden = info.dtype, int(info.shape[2])
         self.vocab = int(engine.outputs[LOGITS].shape[2])
-        self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX} & engine.inputs.keys()
+        self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX, VISIBLE} & engine.inputs.keys()
         capacity = engine.inputs[PAST.format(0, KEY_VALUE[0])].shape[2]
         if isinstance(capacity, int) and context > capacity:
             raise UhdError(f"context: {context} positions, but the engine was built for {capacity}")
+        self._capacity = capacity if isinstance(capacity, int) else context
         names = (re.fullmatch(re.escape(PAST).replace(r"\{\}", "(.+)"), name) for name in engine.inputs)
         shared = {match[0]: PRESENT.format(*match.groups()) for match in names if match}
         self.together = info.shape[0] == ROWS
@@ -99,6 +102,7 @@ class Rows:
             SEQUENCE_LENGTHS: np.array(lengths, np.int32) - 1,
             TOTAL_LENGTH: np.array(max(lengths), np.int32),
             WRITE_INDEX: np.array(lengths, np.int64) - embeds.shape[1],
+            VISIBLE: visible(max(lengths), self._capacity),
         }
         feeds = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
         logits = self._binding(first, last).infer(feeds, stop)[LOGITS]

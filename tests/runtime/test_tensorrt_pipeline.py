@@ -57,6 +57,7 @@ def bundle(spoken_checkpoint, tmp_path_factory):
 def test_bundle_holds_engines_and_the_parity_of_their_graphs(bundle):
     manifest = read_manifest(bundle)
     assert set(manifest.files) == {
+        "probe.npy",
         *("vision.engine", "vision.engine.json", "language.engine", "language.engine.json"),
         *("embeddings.npy", "tokenizer.json", "probe.npy"),
     }

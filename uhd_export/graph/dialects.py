@@ -17,6 +17,7 @@ from uhd_export.runtime.language.decoder import (
     ROWS,
     SEQUENCE_LENGTHS,
     TOTAL_LENGTH,
+    VISIBLE,
     WRITE_INDEX,
 )
 
@@ -160,10 +161,11 @@ class OnnxRuntimeDialect(Dialect):
 class TensorRtDialect(Dialect):
     """Standard operators of opset 24 only, as TensorRT reads them.
 
-    Attention gets an explicit mask over the whole capacity: TensorRT ignores its `nonpad_kv_seqlen`, and
-    refuses `softmax_precision`. What the mask hides must be finite, so the cache starts as zeros.
-    TensorRT's cache update needs a static capacity: it is the context. TensorRT-RTX 1.7 has kernels for
-    float16; in float32 it builds only where its Attention layers are marked decomposable.
+    Attention gets a slice of the cache, as long as the input `visible`, and an explicit mask over it:
+    TensorRT ignores its `nonpad_kv_seqlen`, and refuses `softmax_precision`. What the mask hides must be
+    finite, so the cache starts as zeros. TensorRT's cache update needs a static capacity: it is the context.
+    TensorRT-RTX 1.7 has kernels for float16; in float32 it builds only where its Attention layers are marked
+    decomposable.
     """
 
     opset = 24
@@ -177,6 +179,7 @@ class TensorRtDialect(Dialect):
         builder = self.builder
         self._index = builder.input(WRITE_INDEX, ir.DataType.INT64, (1,))
         self._arange = builder.constant(np.arange(self.context))
+        self._visible = builder.dim(builder.input(VISIBLE, ir.DataType.BOOL, ("visible",)), 0)
 
     def _first(self, count: ir.Value) -> ir.Value:
         """0, 1, ... count - 1."""
@@ -185,11 +188,11 @@ class TensorRtDialect(Dialect):
 
     @cached_property
     def _places(self) -> tuple[ir.Value, ir.Value]:
-        """Positions (1, S) of the sequence, and which cache positions each may see, (1, 1, S, capacity)."""
+        """Positions (1, S) of the sequence, and which cache positions each may see, (1, 1, S, visible)."""
         builder = self.builder
         positions = builder.op("Add", self._first(builder.dim(self.embeds, 1)), self._index)
         rows = builder.op("Unsqueeze", positions, builder.constant([0, 1, 3]))
-        mask = builder.op("LessOrEqual", self._arange, rows)
+        mask = builder.op("LessOrEqual", self._first(self._visible), rows)
         return builder.op("Unsqueeze", positions, builder.constant([0])), mask
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -206,7 +209,7 @@ class TensorRtDialect(Dialect):
         return self.norm(total, name), total
 
     def attention(self, qkv: ir.Value) -> ir.Value:
-        """RotaryEmbedding, TensorScatter into the cache, and Attention over all of it."""
+        """RotaryEmbedding, TensorScatter into the cache, and Attention over what of it is in use."""
         builder, config, layer = self.builder, self.config, len(self._present)
         positions, mask = self._places
         counts = [config.heads, config.kv_heads, config.kv_heads]
@@ -220,7 +223,9 @@ class TensorRtDialect(Dialect):
         )
         self._present.append((key, value))
         name = f"model.layers.{layer}.self_attn"
-        out = builder.op("Attention", q, key, value, mask, name=name)
+        zero, axis = builder.constant([0]), builder.constant([2])
+        seen = [builder.op("Slice", cache, zero, self._visible, axis) for cache in (key, value)]
+        out = builder.op("Attention", q, *seen, mask, name=name)
         out = builder.op("Transpose", out, perm=[0, 2, 1, 3])
         return builder.reshape(out, (1, -1, config.heads * config.head_size))
 

@@ -15,7 +15,7 @@ from uhd_export.runtime.engines.tensorrt.record import OptimizationProfile, Shap
 from uhd_export.runtime.image.encoder import MAX_BATCH, PIXELS
 from uhd_export.runtime.image.geometry import bin_grid
 from uhd_export.runtime.image.slicing import PATCH, SCALE_RESOLUTION
-from uhd_export.runtime.language.decoder import EMBEDS
+from uhd_export.runtime.language.decoder import EMBEDS, VISIBLE, visible_sizes
 
 Grid = tuple[int, int]
 # Where the bands meet, as cols / rows. Slices lie in the middle one (unless an image is nine times as long
@@ -64,14 +64,21 @@ def vision_profiles(
 def language_profiles(
     config: LanguageConfig, context: int, *, prefill: int | None = None
 ) -> list[OptimizationProfile]:
-    """One profile to decode a position at a time, one for prompts of up to `prefill` (default: context)."""
-    longest = min(prefill or context, context)
+    """Profiles to decode a position at a time, one for each part of the cache that may be in use.
 
-    def profile(name: str, *sizes: int) -> OptimizationProfile:
-        return OptimizationProfile(name, {EMBEDS: ShapeRange(*((1, size, config.hidden) for size in sizes))})
+    And one for prompts of up to `prefill` positions (default: context).
+    """
+    longest, sizes = min(prefill or context, context), visible_sizes(context)
 
+    def profile(name: str, lengths: tuple[int, ...], seen: tuple[int, ...]) -> OptimizationProfile:
+        embeds = ShapeRange(*((1, length, config.hidden) for length in lengths))
+        return OptimizationProfile(name, {EMBEDS: embeds, VISIBLE: ShapeRange(*((size,) for size in seen))})
+
+    decode = [profile(f"decode {size}", (1, 1, 1), (size, size, size)) for size in sizes]
     # A 1008x672 image and a question take about 1060 positions.
-    return [profile("decode", 1, 1, 1), profile("prefill", 1, min(1060, longest), longest)]
+    usual = min(1060, longest)
+    prompts = (1, usual, longest), (sizes[0], next(size for size in sizes if size >= usual), context)
+    return [*decode, profile("prefill", *prompts)]
 
 
 def _profile(config: CheckpointConfig, members: list[Grid], max_batch: int) -> OptimizationProfile:

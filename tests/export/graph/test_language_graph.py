@@ -22,7 +22,7 @@ from uhd_export.graph.language import emit_language
 from uhd_export.graph.linear import Dense
 from uhd_export.model.language import rotary_tables
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.decoder import SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX
+from uhd_export.runtime.language.decoder import SEQUENCE_LENGTHS, TOTAL_LENGTH, VISIBLE, WRITE_INDEX
 
 TOLERANCE = {"float32": 5e-6, "float16": 4e-3}
 
@@ -49,6 +49,7 @@ class Evaluator:
         feeds = {
             "inputs_embeds": embeds.astype(self.dtype),
             WRITE_INDEX: np.array([start]),
+            VISIBLE: np.ones(min(total + 3, CONTEXT), np.bool_),
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
             TOTAL_LENGTH: np.array(total, np.int32),
         }

@@ -199,10 +199,10 @@ def test_language_engine_updates_its_cache_in_place(tmp_path, dtype):
     assert record.layers["KV_CACHE_UPDATE"] == 4 and record.layers["ATTENTION_INPUT"] == 2
     assert record.inputs["past_key_values.0.key"].info.shape == (1, 2, CONTEXT, 32)
     assert record.inputs["inputs_embeds"].info.dtype == np.dtype(dtype)
-    assert [p.name for p in record.profiles] == ["decode", "prefill"]
-    assert record.profiles[0].covers({"inputs_embeds": (1, 1, 128)})
-    assert not record.profiles[0].covers({"inputs_embeds": (1, 2, 128)})
-    assert record.profiles[1].covers({"inputs_embeds": (1, CONTEXT, 128)})
+    assert [p.name for p in record.profiles] == [f"decode {CONTEXT}", "prefill"]
+    assert record.profiles[0].covers({"inputs_embeds": (1, 1, 128), "visible": (CONTEXT,)})
+    assert not record.profiles[0].covers({"inputs_embeds": (1, 2, 128), "visible": (CONTEXT,)})
+    assert record.profiles[1].covers({"inputs_embeds": (1, CONTEXT, 128), "visible": (CONTEXT,)})
 
 
 def test_int4_weights_stay_int4(tmp_path):
@@ -238,7 +238,8 @@ def test_builds_are_reproducible(tmp_path):
 
 def test_dimensions_of_one_size_are_fixed(tmp_path):
     path, _ = language_graph(tmp_path)
-    fixed = [OptimizationProfile("prefill", {"inputs_embeds": ShapeRange(*3 * ((1, 20, 128),))})]
+    ranges = {"inputs_embeds": ShapeRange(*3 * ((1, 20, 128),)), "visible": ShapeRange(*3 * ((CONTEXT,),))}
+    fixed = [OptimizationProfile("prefill", ranges)]
     record = build_engine(path, tmp_path / "fixed.engine", fixed, ADA)
     assert record.inputs["inputs_embeds"].shape == ("1", "20", "128")
 

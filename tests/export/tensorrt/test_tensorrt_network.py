@@ -18,6 +18,7 @@ from uhd_export.plugins.window_attention import torch_op as window
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
 from uhd_export.runtime.image.geometry import crop_geometry
+from uhd_export.runtime.language import decoder as decoders
 from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.tensorrt import language_profiles, vision_profiles
 from uhd_export.tensorrt.network import load_graph, parse
@@ -68,7 +69,8 @@ def int4_weights(path):
 
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("int4", [False, True])
-def test_language(tmp_path, case, int4):
+def test_language(tmp_path, case, int4, monkeypatch):
+    monkeypatch.setattr(decoders, "_LEAST_VISIBLE", 8)
     model, path = tiny_model(*case), tmp_path / "l.onnx"
     linear = Int4Dequantize(RoundedWeights(32)) if int4 else None
     emit_language(model.config, reader(model), path, dialect="tensorrt", linear=linear)
@@ -84,7 +86,10 @@ def test_language(tmp_path, case, int4):
     cache = {n: np.zeros(i.info.shape, np.float32) for n, i in network.inputs.items() if n.startswith("past")}
     for start, stop in ((0, 8), (8, 9), (9, 10), (10, 12)):
         index = np.array([start], np.int64)
-        out = interpreter.run({"inputs_embeds": embeds[:, start:stop], "write_index": index, **cache})
+        seen = decoders.visible(stop, CONTEXT)
+        assert len(seen) == (8 if stop == 8 else 16)
+        feeds = {"inputs_embeds": embeds[:, start:stop], "write_index": index, "visible": seen}
+        out = interpreter.run(feeds | cache)
         assert difference(out["logits"][0, 0], expected[stop - 1]) < 1e-5
         cache = {past: out[present] for present, past in network.aliases.items()}
 

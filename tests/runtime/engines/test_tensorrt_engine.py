@@ -31,6 +31,7 @@ from uhd_export.runtime.engines.tensorrt.record import plan_memory
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import LAYOUTS, Separators, layout_indices
+from uhd_export.runtime.language import decoder as decoders
 from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.runtime.language.sequence import place
 from uhd_export.runtime.profiling.stages import vision_shares
@@ -102,7 +103,7 @@ def test_a_step_moves_one_embedding_in_and_the_logits_out(machine, language):
     blocks = set(cuda.blocks)
     cuda.copied_in = cuda.copied_out = cuda.copied = 0
     decoder.step(embeddings(1))
-    assert (cuda.copied_in, cuda.copied_out, cuda.copied) == (128 * 4 + 8, 300 * 4, 0)
+    assert (cuda.copied_in, cuda.copied_out, cuda.copied) == (128 * 4 + 8 + CONTEXT, 300 * 4, 0)
     assert set(cuda.blocks) == blocks  # nothing is allocated while decoding
 
 
@@ -114,6 +115,34 @@ def test_the_profile_for_one_position_decodes(machine, language):
     decoder.prefill(embeddings(1))
     prompts, steps = module.engines[0].contexts
     assert (prompts.profile, prompts.runs) == (1, 1) and (steps.profile, steps.runs) == (0, 2)
+
+
+def test_attention_reads_what_is_in_use(machine, language, monkeypatch):
+    """The least of the sizes that holds it, in an engine with a profile, a context and a graph for each."""
+    monkeypatch.setattr(decoders, "_LEAST_VISIBLE", 8)
+    graph, _ = language
+    profiles = language_profiles(tiny_model(*TINY).config, CONTEXT)
+    assert [p.name for p in profiles] == [
+        "decode 8",
+        "decode 16",
+        "decode 32",
+        "decode 64",
+        "decode 96",
+        "prefill",
+    ]
+    engine, _, module = machine(graph, record_of(graph, profiles), rtx=False)
+    decoder, embeds = Decoder(engine, CONTEXT), embeddings(CONTEXT)
+    expected = reference(tiny_model(*TINY), embeds)
+    assert difference(decoder.prefill(embeds[:, :5]), expected[4]) < 5e-6
+    for i in range(5, CONTEXT):
+        assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
+    prompts, *steps = module.engines[0].contexts
+    assert prompts.shapes["visible"] == (8,)
+    assert [context.shapes["visible"] for context in steps] == [(8,), (16,), (32,), (64,), (96,)]
+    assert [context.runs for context in steps] == [2] * 5  # the first step of each, and the one captured
+    decoder.rewind(6)
+    assert difference(decoder.step(embeds[0, 6]), expected[6]) < 5e-6
+    assert len(module.engines[0].contexts) == 6
 
 
 def test_cuda_graphs(machine, language):
@@ -200,7 +229,7 @@ def test_tokens_reach_the_language_model_on_the_device(machine, language, vision
     prompt = engine.gather([rows[:5], crop[:12], crop[12:], rows[25:]], np.float32)
     assert cuda.copied == 20 * 128 * 4 and cuda.copied_in == 10 * 128 * 4
     logits = decoder.prefill(prompt, chunk=16)
-    assert cuda.copied_in == 10 * 128 * 4 + 2 * 8  # the write index of two chunks
+    assert cuda.copied_in == 10 * 128 * 4 + 2 * (8 + CONTEXT)  # the write index of two chunks
     assert difference(logits, reference(tiny_model(*TINY), rows[None])[-1]) < 5e-6
 
 
@@ -354,8 +383,8 @@ def test_memory_is_planned_without_a_gpu(language, vision):
     plan = plan_memory(language[1])
     assert plan.weights == language[1].weight_bytes
     assert plan.state == 2 * 2 * 2 * CONTEXT * 32 * 4
-    fixed = 8 + 300 * 4  # the write index and the logits
-    assert plan.transfers == {"decode": 128 * 4 + fixed, "prefill": CONTEXT * 128 * 4 + fixed}
+    fixed = 8 + CONTEXT + 300 * 4  # the write index, a byte a position that is visible, and the logits
+    assert plan.transfers == {f"decode {CONTEXT}": 128 * 4 + fixed, "prefill": CONTEXT * 128 * 4 + fixed}
     plan = plan_memory(vision[1])
     assert plan.state == 0
     pixels, tokens = 10 * 3 * 420 * 420 * 4, 10 * 144 * 256 * 4
