@@ -6,6 +6,8 @@
 - `vision_engines`: the same graph in TensorRT, with plugins and without, and in ONNX Runtime's CUDA provider;
 - `decode`: an int4 model of Vicuna-7B's size, a token over its bandwidth floor, in both.
 
+Beside them stands what `gpu_model.py` predicts for the GPU, as `predicted`.
+
 Random weights. Needs the project installed (`pip install --no-deps -e .` is enough), a CUDA GPU and PyTorch
 built for it; what else is missing, and what fails, is named
 under its part, and the others are measured all the same. Exits with 1 where something failed.
@@ -230,7 +232,11 @@ def main() -> None:
         print("benchmarks/gpu.py: not measured: no CUDA GPU that PyTorch can use is at hand", file=sys.stderr)
         sys.exit(MISSING)
     torch.set_grad_enabled(False)
+    import gpu_model
+    import kernels
+
     result: dict = {"machine": describe_machine()}
+    result["predicted"] = gpu_model.predict(kernels.find_device(result["machine"]["gpu"]))
     for part in options.part or PARTS:
         print(f"{part} ...", file=sys.stderr, flush=True)
         measure = globals()[f"measure_{part}"]
