@@ -4,6 +4,8 @@ GRID_MODES = ("selective", "fix", "pyramid")
 LAYOUTS = ("flat", "merged")
 TEMPLATES = ("vicuna_v1", "llava_v1", "plain", "qwen")
 """Conversation templates of the released code; its v1 is vicuna_v1, its qwen_1_5 and qwen_2 are qwen."""
+PYRAMIDS = ("jbu", "bilinear", "deconvolution")
+"""How the feature maps of higher levels are made; official checkpoints have the first."""
 ROI_ROUNDINGS = ("exact", "bf16")
 DTYPES = ("float32", "float16")
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")

@@ -32,13 +32,17 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """The projector: `kind` is "hiwin" or "v1", `levels` the scales in use, `side` its windows an axis."""
+    """The projector: `kind` is "hiwin" or "v1", `levels` the scales in use, `side` its windows an axis.
+
+    `pyramid` is how the maps of higher levels are made, one of PYRAMIDS.
+    """
 
     kind: str
     hidden: int
     vision_hidden: int
     levels: tuple[int, ...]
     side: int
+    pyramid: str = "jbu"
 
     @property
     def heads(self) -> int:
@@ -111,6 +115,7 @@ class ModelConfig:
             rows,
             cols,
             levels=self.projector.levels,
+            pyramid=self.projector.pyramid,
             grid_mode=grid_mode,
             side=self.projector.side,
             table=self.vision.table,

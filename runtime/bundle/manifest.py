@@ -23,6 +23,7 @@ from uhd_export.runtime.choices import (
     LARGEST_SIZE,
     LAYOUTS,
     MOST_LAYERS,
+    PYRAMIDS,
     ROI_ROUNDINGS,
 )
 from uhd_export.runtime.config import LANGUAGE_KINDS, ModelConfig
@@ -244,6 +245,7 @@ def validate(manifest: Manifest, path: str) -> None:
         ("precision.language", precision.language, DTYPES),
         ("precision.embeddings", precision.embeddings, DTYPES),
         ("model.projector.kind", model.projector.kind, ("hiwin", "v1")),
+        ("model.projector.pyramid", model.projector.pyramid, PYRAMIDS),
         ("model.language.kind", model.language.kind, tuple(LANGUAGE_KINDS)),
         ("settings.layout", settings.layout, LAYOUTS),
         ("settings.template", settings.template, TEMPLATES),

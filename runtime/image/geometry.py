@@ -39,6 +39,16 @@ def bicubic(out: int, size: int) -> NDArray[Any]:
     return matrix
 
 
+def bilinear(out: int, size: int) -> NDArray[Any]:
+    """(out, size) matrix of bilinear resizing, align_corners=False, no antialias."""
+    centre = np.clip((np.arange(out) + 0.5) * size / out - 0.5, 0, size - 1)
+    low = np.minimum(centre.astype(int), max(size - 2, 0))
+    matrix = np.zeros((out, size))
+    np.add.at(matrix, (np.arange(out), low), 1 - (centre - low))
+    np.add.at(matrix, (np.arange(out), np.minimum(low + 1, size - 1)), centre - low)
+    return matrix
+
+
 def adaptive_average(out: int, size: int) -> NDArray[Any]:
     """(out, size) matrix of adaptive average pooling; bins overlap where size/out is fractional."""
     matrix = np.zeros((out, size))
@@ -124,6 +134,7 @@ def crop_geometry(
     table: int = 24,
     patch: int = 14,
     roi_rounding: str = "exact",
+    pyramid: str = "jbu",
 ) -> dict[str, NDArray[Any]]:
     """All float32 matrices for a crop of rows x cols patches, by the graph's input names.
 
@@ -132,22 +143,27 @@ def crop_geometry(
 
     - `position` (rows, table): position-table interpolation;
     - `guidance_Sx` (S*rows, patch*rows): pooling of the image to the output size of stage S;
-    - `upsample_Sx` (S*rows + 6, S*rows/2): bicubic doubling with the reflect padding of 3;
+    - `upsample_Sx` (S*rows + 6, S*rows/2): bicubic doubling with the reflect padding of 3; in a bilinear
+      pyramid (S*rows, rows): bilinear resizing of the first level;
     - `roi_Sx` (side, bins, S*rows): RoIAlign of level S;
     - `window_position_Sx` (side, bins, side): the key position table, resized and pooled.
 
     Raises UhdError for grids one patch high or wide, where reflect padding is undefined.
     """
-    check_crop(rows, cols, levels)
+    if pyramid == "jbu":
+        check_crop(rows, cols, levels)
     geometry: dict[str, NDArray[Any]] = {}
     for axis, n, which in (("y", rows, 0), ("x", cols, 1)):
         geometry[f"position_{axis}"] = bicubic(n, table) if n != table else np.eye(n)
         scale = 2
-        while scale <= max(levels):
+        while pyramid == "jbu" and scale <= max(levels):
             geometry[f"guidance_{scale}x_{axis}"] = adaptive_average(n * scale, n * patch)
             up = bicubic(n * scale, n * scale // 2)
             geometry[f"upsample_{scale}x_{axis}"] = reflect_pad(up, RADIUS)
             scale *= 2
+        if pyramid == "bilinear":
+            for scale in (scale for scale in levels if scale > 1):
+                geometry[f"upsample_{scale}x_{axis}"] = bilinear(n * scale, n)
         for scale in levels:
             bins = bin_grid(rows, cols, scale, grid_mode)[which]
             roi = roi_align(n * scale, bins, side, roi_rounding=roi_rounding)

@@ -91,9 +91,11 @@ def _times(cost: Cost, count: int, *, weights: bool = True) -> Cost:
 
 def jbu(grids: Sequence[Grid], projector: ProjectorConfig, *, folded: bool) -> Parts:
     """The feature pyramid. Folded: bicubic doubling and the 7x7 kernel as one low-resolution stencil."""
-    scales, c = projector.scales[1:], projector.vision_hidden
+    scales, c = projector.stages, projector.vision_hidden
     if not scales:
         return {}
+    if projector.pyramid != "jbu":
+        return _plain_pyramid(grids, projector)
     patches = sum(rows * cols for rows, cols in grids)
     pixels = patches * sum(scale**2 for scale in scales)
     stages = len(scales)
@@ -112,6 +114,20 @@ def jbu(grids: Sequence[Grid], projector: ProjectorConfig, *, folded: bool) -> P
         parts["weighted_sum"] = Cost(2 * TAPS * c * pixels, 0, 2 * pixels * c + pixels * TAPS)
         parts["fixup"] = _linear(patches * scales[-1] ** 2, c, c)
     return parts
+
+
+def _plain_pyramid(grids: Sequence[Grid], projector: ProjectorConfig) -> Parts:
+    """Bilinear: matrices over rows, then columns, of each level in use. Deconvolution: a product a stage."""
+    c = projector.vision_hidden
+    if projector.pyramid == "deconvolution":
+        patches = sum(rows * cols for rows, cols in grids)
+        return {f"up{scale}x": _linear(patches * scale**2 // 4, c, 4 * c) for scale in projector.stages}
+    resize = Cost()
+    for rows, cols in grids:
+        for scale in projector.levels[1:]:
+            resize += _product(scale * rows, rows, cols * c)
+            resize += _product(scale * cols, cols, c, scale * rows)
+    return {"resize": resize}
 
 
 def _shared(cost: Cost, stages: int) -> Cost:

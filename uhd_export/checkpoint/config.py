@@ -9,6 +9,7 @@ from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.checkpoint.release import projector_kind, refuse_other_functions
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer, has_tokenizer, vocabulary_size
 from uhd_export.checkpoint.vision_tower import given_tower, recorded_tower
+from uhd_export.runtime.choices import PYRAMIDS
 from uhd_export.runtime.config import (
     HEAD_SIZE,
     LANGUAGE_KINDS,
@@ -104,9 +105,13 @@ def parse_config(
     if mask is None:
         mask = optional(config, "feature_scale_mask", int, 7)
     levels = (1,) if kind == "v1" else mask_levels(mask)
+    pyramid = optional(config, "feature_pyramid", str, PYRAMIDS[0])
+    if pyramid not in PYRAMIDS or (kind == "v1" and pyramid != PYRAMIDS[0]):
+        expected = PYRAMIDS[0] if kind == "v1" else ", ".join(PYRAMIDS)
+        raise UhdError(f"config field feature_pyramid: {pyramid!r} is not supported; expected {expected}")
     return CheckpointConfig(
         vision=vision,
-        projector=ProjectorConfig(kind, language.hidden, vision.hidden, levels, side),
+        projector=ProjectorConfig(kind, language.hidden, vision.hidden, levels, side, pyramid),
         language=language,
         layout=layout or ("merged" if release == "first" else "flat"),
         template=LANGUAGE_KINDS[language.kind].template,

@@ -13,13 +13,13 @@ from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
 from uhd_export.graph.hiwin import emit_folded, emit_hiwin, emit_v1
 from uhd_export.graph.products import ProductFormat
+from uhd_export.graph.pyramid import emit_pyramid
 from uhd_export.graph.vit import emit_vit
 from uhd_export.graph.weights import Weights
 from uhd_export.model.folding import FoldedProjector
 from uhd_export.model.folding import fold as fold_weights
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.plugins.graph import GraphBuilder
-from uhd_export.plugins.jbu.onnx_op import add_jbu
 from uhd_export.runtime.progress import Progress
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -50,6 +50,7 @@ def emit_vision(
         "dtype": dtype,
         "projector": projector.kind,
         "levels": ",".join(map(str, projector.levels)),
+        "pyramid": projector.pyramid,
         "folded": str(fold and projector.kind == "hiwin").lower(),
     }
     kind = DTYPES[dtype]
@@ -70,7 +71,7 @@ def emit_vision(
             tokens = emit_v1(b, config.projector, weights, features, geometry)
     else:
         with b.scope("jbu"):
-            maps = _emit_pyramid(b, config, weights, features, pixels, geometry, plain=not fold)
+            maps = emit_pyramid(b, projector, weights, features, pixels, geometry, plain=not fold)
         with b.scope("hiwin"):
             if fold:
                 tokens = emit_folded(b, config.projector, _fold(config, checkpoint), weights, maps, geometry)
@@ -89,41 +90,3 @@ def _fold(config: CheckpointConfig, checkpoint: Checkpoint) -> FoldedProjector:
         projector = HiwinProjector(config.projector)
     checkpoint.load_into(projector, PROJECTOR_PREFIX, torch.float32)
     return fold_weights(projector)
-
-
-def _emit_pyramid(
-    b: GraphBuilder,
-    config: CheckpointConfig,
-    weights: Weights,
-    features: ir.Value,
-    pixels: ir.Value,
-    geometry: dict[str, ir.Value],
-    *,
-    plain: bool,
-) -> dict[int, ir.Value]:
-    """Every scale's map (B, s*h, s*w, C); with `plain`, the last one's fix-up is applied too."""
-    maps = {1: features}
-    for i, scale in enumerate(config.projector.stages):
-        stage = f"upsampler.upsampler.up{i + 1}."
-        x = b.op("MatMul", geometry[f"guidance_{scale}x_y"], pixels)
-        x = b.op("MatMul", x, b.op("Transpose", geometry[f"guidance_{scale}x_x"], perm=[1, 0]))
-        guidance = b.op("Transpose", x, perm=[0, 2, 3, 1])
-        parameters = [
-            weights.linear(stage + "range_proj.0"),
-            weights.bias(stage + "range_proj.0"),
-            weights.linear(stage + "range_proj.3"),
-            weights.bias(stage + "range_proj.3"),
-            weights.plain(stage + "range_temp"),
-            weights.plain(stage + "sigma_spatial"),
-            weights.linear(stage + "fixup_proj.0"),
-            weights.bias(stage + "fixup_proj.0"),
-            weights.linear(stage + "fixup_proj.3"),
-            weights.bias(stage + "fixup_proj.3"),
-        ]
-        upsample = geometry[f"upsample_{scale}x_y"], geometry[f"upsample_{scale}x_x"]
-        features = maps[scale] = add_jbu(b, features, guidance, *parameters, *upsample, plain=plain)
-    if plain and config.projector.stages:
-        fixup = "upsampler.upsampler.fixup_proj.1"
-        x = b.op("Add", b.op("MatMul", features, weights.linear(fixup)), weights.bias(fixup))
-        maps[scale] = b.op("Add", features, b.op("Mul", x, weights.number(0.1)))
-    return maps

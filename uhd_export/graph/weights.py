@@ -65,6 +65,16 @@ class Weights:
         name = f"{self.prefix}{'+'.join(names)}.bias"
         return self.b.weight(name, (size,), self.dtype, lambda: self._read(parts))
 
+    def changed(
+        self, name: str, shape: Sequence[int], change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> ir.Value:
+        """The tensor as `change` makes it, of `shape`."""
+
+        def load() -> np.ndarray:
+            return change(self.checkpoint.tensor(self.prefix + name, torch.float32)).numpy()
+
+        return self.b.weight(f"{self.prefix}{name}_changed", tuple(shape), self.dtype, load)
+
     def layer_norm(self, x: ir.Value, name: str, eps: float) -> ir.Value:
         """LayerNormalization over the last axis with the affine called `name`."""
         affine = self.plain(f"{name}.weight"), self.plain(f"{name}.bias")

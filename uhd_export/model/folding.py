@@ -117,8 +117,10 @@ def fold(projector: HiwinProjector) -> FoldedProjector:
 def _centred(projector: HiwinProjector, wide: dict[str, torch.Tensor], scale: int) -> torch.Tensor:
     """A = [W b] minus its mean over the outputs, (D, C + 1); JBU's last fix-up folded in."""
     weight, bias = wide[f"features_{scale}x_projector.weight"], wide[f"features_{scale}x_projector.bias"]
-    if scale > 1 and scale == projector.upsampler.upsampler.scales[-1]:
-        fixup = wide["upsampler.upsampler.fixup_proj.1.weight"].flatten(1)
+    # Of the JBU's pyramid alone; others have no fix-up.
+    fixup_name = "upsampler.upsampler.fixup_proj.1.weight"
+    if scale > 1 and fixup_name in wide and scale == projector.upsampler.upsampler.scales[-1]:
+        fixup = wide[fixup_name].flatten(1)
         bias = bias + FIXUP * (weight @ wide["upsampler.upsampler.fixup_proj.1.bias"])
         weight = weight + FIXUP * (weight @ fixup)
     augmented = torch.cat([weight, bias[:, None]], 1)

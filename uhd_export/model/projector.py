@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from uhd_export.model.jbu import JbuStack
+from uhd_export.model.pyramid import BilinearPyramid, DeconvolutionPyramid
 from uhd_export.model.vit import Geometry
 from uhd_export.runtime.config import ProjectorConfig
 
@@ -70,16 +71,19 @@ class _Resampler(nn.Module):
         return keys.to(level.dtype), values.to(level.dtype)
 
 
-class Upsampler(nn.Module):
-    """The JBU stack, one name deeper, as official checkpoints have it."""
+_PYRAMIDS = {"jbu": JbuStack, "bilinear": BilinearPyramid, "deconvolution": DeconvolutionPyramid}
 
-    def __init__(self, stack: JbuStack) -> None:
+
+class Upsampler(nn.Module):
+    """What makes the higher levels, one name deeper, as official checkpoints have the JBU stack."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
-        self.upsampler = stack
+        self.upsampler = _PYRAMIDS[config.pyramid](config.vision_hidden, config.stages)
 
 
 class HiwinProjector(_Resampler):
-    """Hierarchical window attention over the JBU pyramid (paper section 3.3; docs/model.md)."""
+    """Hierarchical window attention over the feature pyramid (paper section 3.3; docs/model.md)."""
 
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__(config)
@@ -91,14 +95,14 @@ class HiwinProjector(_Resampler):
             self.add_module(f"features_{scale}x_projector", nn.Linear(c, d))
             self.register_parameter(f"feature_{scale}x_embedding", nn.Parameter(torch.empty(1, 1, d)))
         if config.stages:
-            self.upsampler = Upsampler(JbuStack(c, config.stages))
+            self.upsampler = Upsampler(config)
         self.ln_proj = nn.LayerNorm(d, LN_EPS)
         self.cat_proj = nn.Linear(4 * d, d)
 
     def pyramid(
         self, features: torch.Tensor, pixels: torch.Tensor, geometry: Geometry
     ) -> dict[int, torch.Tensor]:
-        """The JBU maps by scale, (B, s*h, s*w, C)."""
+        """The maps by scale, (B, s*h, s*w, C)."""
         if len(self.levels) == 1:
             return {1: features}
         return self.upsampler.upsampler(features, pixels, geometry)
