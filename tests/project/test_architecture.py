@@ -37,6 +37,7 @@ INSIDE = {
         ("tensorrt",),
         ("bundle",),
         ("nano",),
+        ("study",),
         ("uhd_export",),
     ),
 }

@@ -11,6 +11,7 @@ from uhd_export.cli.options import COUNT, PipelineOptions, json_option, machine_
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.errors import UhdError
 
+STUDIES = ("table1", "table2", "table3", "table4", "table6")
 _FILES, _OTHERS = "Files", "Instead of one bundle"
 _FILE = click.Path(path_type=Path)
 
@@ -77,6 +78,13 @@ class Measurement:
     help="Two bundles, run in turns, or two files of --json.",
     section=_OTHERS,
 )
+@option(
+    "--study",
+    type=click.Choice(STUDIES),
+    help="A table of the paper, counted and measured with random weights.",
+    section=_OTHERS,
+)
+@option("--count", is_flag=True, help="Count the study alone, measure nothing.", section=_OTHERS)
 @concern("opening", PipelineOptions, *machine_options)
 @json_option
 def profile(
@@ -84,6 +92,8 @@ def profile(
     measurement: Measurement,
     outputs: Outputs,
     compare: tuple[Path, Path] | None,
+    study: str | None,
+    count: bool,
     opening: PipelineOptions,
     as_json: bool,
 ) -> None:
@@ -91,11 +101,19 @@ def profile(
 
     BUNDLE may be a file that --json wrote: then nothing is measured, and --html and --csv are made of it.
     """
-    if sum(given is not None for given in (bundle, compare)) != 1:
-        raise UhdError("profile: give a bundle, or --compare with two")
+    if sum(given is not None for given in (bundle, compare, study)) != 1:
+        raise UhdError("profile: give a bundle, or --compare with two, or --study")
+    if count and study is None:
+        raise UhdError("--count: is of --study; leave it out")
+    for name, path in vars(outputs).items():
+        if path is not None and bundle is None:
+            raise UhdError(f"--{name}: is of one profile; leave it out with --compare and --study")
     outputs.check()
+    if study is not None:
+        _study(study, 0 if count else measurement.repeats, opening, as_json)
+        return
     if compare is not None:
-        _compare(compare, measurement, outputs, opening, as_json)
+        _compare(compare, measurement, opening, as_json)
         return
     assert bundle is not None
     if bundle.is_file():
@@ -152,7 +170,6 @@ def _options(measurement: Measurement, opening: PipelineOptions, *, sweep: bool 
 def _compare(
     pair: tuple[Path, Path],
     measurement: Measurement,
-    outputs: Outputs,
     opening: PipelineOptions,
     as_json: bool,
 ) -> None:
@@ -163,15 +180,27 @@ def _compare(
     from uhd_export.runtime.terminal.profile_report import print_comparison
     from uhd_export.runtime.terminal.report import print_json
 
-    for name, path in vars(outputs).items():
-        if path is not None:
-            raise UhdError(f"--{name}: is of one profile; leave it out with --compare")
     with progress_bar("compare") as bar:
         comparison = compare(*pair, _options(measurement, opening), bar.set)
     if as_json:
         print_json(asdict(comparison))
     else:
         print_comparison(comparison)
+
+
+def _study(study: str, repeats: int, opening: PipelineOptions, as_json: bool) -> None:
+    from uhd_export.runtime.progress import progress_bar
+    from uhd_export.runtime.terminal.report import print_json
+    from uhd_export.study.report import print_study
+    from uhd_export.study.run import StudyOptions, run_study
+
+    options = StudyOptions(repeats, device=opening.device, threads=opening.threads)
+    with progress_bar(study) as bar:
+        facts = run_study(study, options=options, progress=bar.set)
+    if as_json:
+        print_json(facts)
+    else:
+        print_study(facts)
 
 
 def _write(facts: dict[str, Any], outputs: Outputs) -> None:

@@ -1,0 +1,1 @@
+"""The paper's efficiency tables, counted and measured with this project's own graphs."""
