@@ -34,7 +34,7 @@ from uhd_export.runtime.language.prompt import TEMPLATES
 from uhd_export.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.

@@ -54,7 +54,8 @@ def plan_image(image: Image.Image, settings: Settings, model: ModelConfig) -> Pl
     )
     try:
         for rows, cols in plan.patch_grids:
-            check_crop(rows, cols, model.projector.scales)
+            if model.projector.pyramid == "jbu":
+                check_crop(rows, cols, model.projector.scales)
     except UhdError as error:
         width, height = image.size
         raise UhdError(f"{image.info.get('source', 'image')}: {width}x{height} pixels; {error}") from None

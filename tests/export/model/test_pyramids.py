@@ -91,7 +91,7 @@ def test_levels_are_of_their_size_and_follow_torch(pyramid):
 
 def test_thin_crops_go_through_a_pyramid_without_a_kernel():
     assert "upsample_4x_y" in crop_geometry(1, 9, pyramid="bilinear")
-    with pytest.raises(UhdError, match="at least 2 patches"):
+    with pytest.raises(UhdError, match="at least 2 on each side"):
         crop_geometry(1, 9)
 
 
