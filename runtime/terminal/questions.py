@@ -37,7 +37,6 @@ class PromptQuestions(Questions):
 
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
         from prompt_toolkit.output import create_output
 
@@ -56,8 +55,7 @@ class PromptQuestions(Questions):
             multiline=True,
             prompt_continuation="  ",
             key_bindings=keys,
-            completer=WordCompleter(["/image", "/clear", "/help"], sentence=True),
-            complete_while_typing=False,
+            reserve_space_for_menu=0,
             output=create_output(stdout=sys.stderr),
         )
 
