@@ -82,9 +82,13 @@ class GptqOptions:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How a checkpoint is read, its images are cut, it is calibrated, and its weights are rounded."""
+    """How a checkpoint is read, its images are cut, it is calibrated, and its weights are rounded.
+
+    `language_only` writes the language part alone, as a plain LLaMA or Qwen2 checkpoint.
+    """
 
     reading: SourceOptions = field(default_factory=SourceOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    language_only: bool = False

@@ -18,6 +18,7 @@ from uhd_export.calibration.chart import draw_report
 from uhd_export.calibration.data import card_pairs, without_duplicates
 from uhd_export.calibration.estimate import require_memory
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, Run
+from uhd_export.calibration.language_part import write_language_part
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.calibration.quality import Accuracy, Report
 from uhd_export.calibration.sequences import Sequences, build_sequences
@@ -77,7 +78,10 @@ def quantize(
     version = library_version()
     folder = source_folder(source)
     if is_quantized(folder):
-        raise UhdError(f"checkpoint {source}: is quantized already; build takes it as it is")
+        raise UhdError(
+            f"checkpoint {source}: is quantized already; build takes it as it is, "
+            "--language-only its language part"
+        )
     config = read_config(folder, options.reading)
     gptq = replace(options.gptq, group=options.gptq.group or largest_group(config.language))
     for name, (_, inputs) in linear_shapes(config.language).items():
@@ -94,6 +98,8 @@ def quantize(
         "sequences": {name: getattr(calibration, name) for name in SEQUENCES},
         "images": asdict(settings),
     }
+    if options.language_only:
+        record["language_only"] = True
     identity = _identity(folder, config, record, pairs, version)
     if present:
         report = _earlier_report(out, identity)
@@ -127,10 +133,13 @@ def quantize(
             run.quantize_layers(bar.set)
         report = _report(run, record | {"made_of": identity}, version)
         with staged_folder(out, needed=bytes_beside_layers(checkpoint, config.language)) as staging:
+            whole = work.whole_folder() if options.language_only else staging
             with progress_bar("writing", show=progress) as bar:
-                write_checkpoint(checkpoint, raw, config.language, work, staging, bar.set)
+                write_checkpoint(checkpoint, raw, config.language, work, whole, bar.set)
+                if options.language_only:
+                    write_language_part(whole, raw, staging, bar.set)
             if questions:
-                accuracy = _accuracy(checkpoint, staging, config, settings, gptq, questions, progress)
+                accuracy = _accuracy(checkpoint, whole, config, settings, gptq, questions, progress)
                 report = replace(report, accuracy=accuracy)
             (staging / QUALITY).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
             draw_report(report, staging / QUALITY_CHART)

@@ -137,6 +137,13 @@ class Work:
         with disk_errors(self.folder), replacing(path) as partial:
             write(partial)
 
+    def whole_folder(self) -> Path:
+        """An empty folder for a checkpoint that is wanted in part only; `remove` takes it too."""
+        folder = self.folder / "whole"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

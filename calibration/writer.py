@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from uhd_export.calibration.options import GptqOptions
@@ -52,33 +54,43 @@ def write_checkpoint(
     `progress(done, total)` counts the tensors beside the layers. One shard's are in memory at a time, and
     those of a checkpoint in the same type stay mapped.
     """
+    layers = [work.layer_file(index) for index in range(language.layers)]
     with disk_errors(folder):
-        rest = _unquantized(checkpoint, language)
-        shards, done = _split(checkpoint, rest), 0
-        count = language.layers + len(shards)
-        where: dict[str, str] = {}
-        total = 0
-        for index in range(language.layers):
-            name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            _link(work.layer_file(index), folder / name)
-            with safe_open(folder / name, "pt") as file:
-                for tensor in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                    where[tensor] = name
-                    total += file.get_tensor(tensor).nbytes
-        for number, names in enumerate(shards, start=language.layers + 1):
-            name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            tensors = {}
-            for tensor in names:
-                tensors[tensor] = checkpoint.stored(tensor).contiguous()
-                where[tensor] = name
-                total += tensors[tensor].nbytes
-                done += 1
-                progress(done, len(rest))
-            write_tensors(folder / name, tensors)
-        index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        _write_json(folder / "model.safetensors.index.json", index_file)
-        _write_json(folder / "config.json", config)
+        write_shards(checkpoint.stored, _unquantized(checkpoint, language), folder, progress, layers)
+        write_json(folder / "config.json", config)
         _copy_rest(checkpoint.folder, folder)
+
+
+def write_shards(
+    read: Callable[[str], torch.Tensor],
+    names: list[str],
+    folder: Path,
+    progress: Progress,
+    layers: Sequence[Path] = (),
+) -> None:
+    """Tensors `names` in files of `folder`, after those of `layers`, which are linked; and their index."""
+    shards, done, total = _split(read, names), 0, 0
+    count = len(layers) + len(shards)
+    files = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    where: dict[str, str] = {}
+    for layer in layers:
+        name = next(files)
+        _link(layer, folder / name)
+        with safe_open(folder / name, "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                where[tensor] = name
+                total += file.get_tensor(tensor).nbytes
+    for shard in shards:
+        name, tensors = next(files), {}
+        for tensor in shard:
+            tensors[tensor] = read(tensor).contiguous()
+            where[tensor] = name
+            total += tensors[tensor].nbytes
+            done += 1
+            progress(done, len(names))
+        write_tensors(folder / name, tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def bytes_beside_layers(checkpoint: Checkpoint, language: LanguageConfig) -> int:
@@ -90,17 +102,17 @@ def _unquantized(checkpoint: Checkpoint, language: LanguageConfig) -> list[str]:
     return sorted(checkpoint.names() - {f"{name}.weight" for name in linear_shapes(language)})
 
 
-def _split(checkpoint: Checkpoint, names: list[str]) -> list[list[str]]:
+def _split(read: Callable[[str], torch.Tensor], names: list[str]) -> list[list[str]]:
     """Names in shards of at most _SHARD_BYTES, or of one tensor that is larger."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in names:
-        tensor = checkpoint.stored(name)
-        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
+        needed = read(name).nbytes
+        if shards[-1] and size + needed > _SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        size += needed
     return shards
 
 
@@ -112,7 +124,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """A file of JSON for people too."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import faults
 from support.folders import leftovers
+from support.quantizing import noise_pairs, quantize_options
 from torch import nn
 
 from uhd_export import load_model
@@ -38,7 +39,6 @@ from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import embedding_rows
 from uhd_export.nano.cards import NAMES, make_card_image, question
-from uhd_export.nano.tokenizer import build_tokenizer, save_tokenizer
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, read_manifest
 from uhd_export.runtime.config import LanguageConfig
@@ -267,44 +267,6 @@ def test_interrupted_work_continues_to_the_same_result(language, tmp_path, step)
     assert again.records() == whole.records()
 
 
-@pytest.fixture(scope="module")
-def source(golden_checkpoint, tmp_path_factory):
-    """The golden checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("source") / "checkpoint"
-    folder.mkdir()
-    for path in golden_checkpoint.rglob("*"):
-        if path.is_file():
-            target = folder / path.relative_to(golden_checkpoint)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    save_tokenizer(build_tokenizer(), folder / "tokenizer.json")
-    return folder
-
-
-def _pairs(count=6):
-    rng = np.random.default_rng(0)
-    noise = (Image.fromarray(rng.integers(0, 256, (150, 120 + 20 * i, 3), np.uint8)) for i in range(count))
-    return [Pair((image,), (Turn("What is the code?", "1"),), f"pair {i}") for i, image in enumerate(noise)]
-
-
-def _options(source, **changes):
-    whole = {
-        "reading": SourceOptions(vision_tower=source / "clip"),
-        "gptq": GptqOptions(group=64),
-        "calibration": CalibrationOptions(samples=4, held_out=2, length=256),
-    }
-    return QuantizeOptions(**{**whole, **changes})
-
-
-@pytest.fixture(scope="module")
-def quantized(source, tmp_path_factory):
-    if not INSTALLED:
-        pytest.skip("gptqmodel is not installed")
-    out = tmp_path_factory.mktemp("quantized") / "out"
-    report = quantize(source, out, options=_options(source), pairs=_pairs())
-    return out, report
-
-
 def test_the_checkpoint_holds_everything_else_as_it_was(source, quantized):
     out, _ = quantized
     before, after = Checkpoint(source), open_checkpoint(out)
@@ -366,7 +328,7 @@ def test_the_model_loads_from_it(quantized, source):
     out, _ = quantized
     model = load_model(out, vision_tower=out / "clip")
     original = load_model(source, vision_tower=source / "clip")
-    image = _pairs()[0].images[0]
+    image = noise_pairs()[0].images[0]
     prompt = [1, -200, 5, 6]
     logits, expected = model.logits(image, prompt), original.logits(image, prompt)
     assert torch.equal(model.encode_image(image)[0], original.encode_image(image)[0])
@@ -398,9 +360,9 @@ def test_transformers_loads_the_language_model(quantized):
 def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, tmp_path):
     out, _ = quantized
     with pytest.raises(UhdError, match="exists already"):
-        quantize(source, out, options=_options(source), pairs=_pairs())
+        quantize(source, out, options=quantize_options(source), pairs=noise_pairs())
     with pytest.raises(UhdError, match="is quantized already"):
-        quantize(out, tmp_path / "again", options=_options(source), pairs=_pairs())
+        quantize(out, tmp_path / "again", options=quantize_options(source), pairs=noise_pairs())
 
 
 @needs_library
@@ -414,9 +376,9 @@ def test_existing_outputs_and_quantized_sources_are_refused(quantized, source, t
     ],
 )
 def test_errors_leave_nothing_behind(source, tmp_path, change, message):
-    pairs = None if change.get("calibration", CalibrationOptions()).data else _pairs()
+    pairs = None if change.get("calibration", CalibrationOptions()).data else noise_pairs()
     with pytest.raises(UhdError, match=message):
-        quantize(source, tmp_path / "out", options=_options(source, **change), pairs=pairs)
+        quantize(source, tmp_path / "out", options=quantize_options(source, **change), pairs=pairs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -436,7 +398,7 @@ def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, mon
         finished(self, step)
 
     monkeypatch.setattr(Run, "quantize_layers", stop_early)
-    arguments = {"options": _options(source), "pairs": _pairs(), "say": said.append}
+    arguments = {"options": quantize_options(source), "pairs": noise_pairs(), "say": said.append}
     with pytest.raises(KeyboardInterrupt):
         quantize(source, out, **arguments)
     assert not out.exists()
@@ -464,22 +426,22 @@ def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, qua
     out, said = tmp_path / "out", []
     shutil.copytree(quantized[0], out)
     before = _bytes(out)
-    arguments = {"options": _options(source), "reuse": True, "say": said.append}
-    assert quantize(source, out, pairs=_pairs(), **arguments) == quantized[1]
+    arguments = {"options": quantize_options(source), "reuse": True, "say": said.append}
+    assert quantize(source, out, pairs=noise_pairs(), **arguments) == quantized[1]
     assert said == [f"{out}: quantized before, taken as it is"]
     with pytest.raises(UhdError, match="out: was made of other data; delete it, or give it to build"):
-        quantize(source, out, pairs=_pairs(7), **arguments)
+        quantize(source, out, pairs=noise_pairs(7), **arguments)
     weights = source / "model.safetensors"
     status = weights.stat()
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     with pytest.raises(UhdError, match="out: was made of other checkpoint; "):
-        quantize(source, out, pairs=_pairs(), **arguments)
+        quantize(source, out, pairs=noise_pairs(), **arguments)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert _bytes(out) == before
     for text in ("{", "{}"):
         (out / QUALITY).write_text(text)
         with pytest.raises(UhdError, match=f"{QUALITY} does not tell what it was made of; delete it"):
-            quantize(source, out, pairs=_pairs(), **arguments)
+            quantize(source, out, pairs=noise_pairs(), **arguments)
 
 
 def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
@@ -487,7 +449,7 @@ def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
     lines = [{"image": "a.png", "question": question} for question in ("Which?", "What?", "Which?", "Which?")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     calibration = CalibrationOptions(samples=4, held_out=2, length=256, data=tmp_path / "pairs.jsonl")
-    options = _options(source, calibration=calibration)
+    options = quantize_options(source, calibration=calibration)
     said = []
     with pytest.raises(UhdError, match="too few samples: 2 image-question pairs"):
         quantize(source, tmp_path / "out", options=options, say=said.append)
@@ -500,7 +462,9 @@ def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
     (tmp_path / "file").touch()
     said = []
     with pytest.raises(UhdError, match=rf"output .*{place}: cannot be written \(.*\); choose another"):
-        quantize(source, tmp_path / place, options=_options(source), pairs=_pairs(), say=said.append)
+        quantize(
+            source, tmp_path / place, options=quantize_options(source), pairs=noise_pairs(), say=said.append
+        )
     assert said == []
 
 
@@ -563,7 +527,7 @@ def test_killed_again_and_again_it_comes_to_the_same_bundle(source, quantized, t
     out, folder = tmp_path / "out", tmp_path / "out-gptq"
 
     def make():
-        quantize(source, folder, options=_options(source), pairs=_pairs(), reuse=True)
+        quantize(source, folder, options=quantize_options(source), pairs=noise_pairs(), reuse=True)
         return folder
 
     def run():

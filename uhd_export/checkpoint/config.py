@@ -73,10 +73,14 @@ def read_config(folder: Path, options: SourceOptions | None = None) -> Checkpoin
     generating = read_json(path) if path.is_file() else None
     parsed = parse_config(raw, tower, generating, layout=options.layout, mask=options.mask)
     parsed = replace(parsed, template=options.template or parsed.template)
+    return replace(parsed, language=cut_vocabulary(folder, parsed.language))
+
+
+def cut_vocabulary(folder: Path, language: LanguageConfig) -> LanguageConfig:
+    """`language` with the vocabulary of the tokenizer in `folder`, where it is smaller."""
     if not has_tokenizer(folder):
-        return parsed
-    vocab = min(parsed.language.vocab, vocabulary_size(checkpoint_tokenizer(folder)))
-    return replace(parsed, language=replace(parsed.language, vocab=vocab))
+        return language
+    return replace(language, vocab=min(language.vocab, vocabulary_size(checkpoint_tokenizer(folder))))
 
 
 def parse_config(

@@ -9,7 +9,8 @@ import torch
 from uhd_export.checkpoint.files import TensorFile, open_files, some
 from uhd_export.runtime.errors import UhdError
 
-_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row for each token."""
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
 # Tensors that official checkpoints hold and some configuration does not use: the second CLIP, levels
@@ -40,14 +41,14 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
         shape = self._file(name).shape(name)
-        if self.vocab is None or name not in _VOCABULARY or len(shape) != 2:
+        if self.vocab is None or name not in VOCABULARY or len(shape) != 2:
             return shape
         return (min(shape[0], self.vocab), *shape[1:])
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`, converted to `dtype` where given. Raises UhdError where it is missing."""
         tensor = self.stored(name)
-        if name in _VOCABULARY and self.vocab is not None:
+        if name in VOCABULARY and self.vocab is not None:
             tensor = tensor[: self.vocab]
         if not tensor.is_floating_point():
             raise UhdError(

@@ -18,6 +18,8 @@ from uhd_export.cli.options import (
     source_options,
 )
 
+_LANGUAGE = "a GPTQ checkpoint of the language part, for transformers' AutoModelForCausalLM and vLLM"
+
 
 @click.command(cls=Command)
 @checkpoint_argument
@@ -66,14 +68,31 @@ from uhd_export.cli.options import (
         section=CALIBRATION,
     ),
 )
-@concern("options", QuantizeOptions)
+@concern(
+    "options",
+    QuantizeOptions,
+    option(
+        "--language-only",
+        is_flag=True,
+        help="Write a plain LLaMA or Qwen2 checkpoint; CHECKPOINT may be quantized already.",
+        section=WEIGHT,
+    ),
+)
 def quantize(source: str, output: Path, options: QuantizeOptions) -> None:
     """Quantize CHECKPOINT's language model to int4 by GPTQ, calibrated on images.
 
     CHECKPOINT is a folder, a Hugging Face hub id, or nano. An interrupted run continues when the same
     command is given again.
     """
-    quantize_into(source, output, options)
+    from uhd_export.calibration.language_part import extract_language
+    from uhd_export.checkpoint.int4.settings import is_quantized
+    from uhd_export.checkpoint.source import source_folder
+
+    if options.language_only and is_quantized(source_folder(source)):
+        extract_language(source, output, progress=True)
+        click.echo(f"{output}: {_LANGUAGE}")
+    else:
+        quantize_into(source, output, options)
 
 
 def quantize_into(source: str, output: Path, options: QuantizeOptions, *, reuse: bool = False) -> None:
@@ -91,4 +110,5 @@ def quantize_into(source: str, output: Path, options: QuantizeOptions, *, reuse:
     )
     for line in summary_lines(report.to_json()):
         click.echo(line)
-    click.echo(f"{output}: a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE` builds it")
+    whole = f"a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE` builds it"
+    click.echo(f"{output}: {_LANGUAGE if options.language_only else whole}")

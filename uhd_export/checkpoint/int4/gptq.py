@@ -119,13 +119,14 @@ class GptqCheckpoint(Checkpoint):
         return module in self._layers
 
     def names(self) -> set[str]:
-        """Every tensor name, with a weight in place of each quantized layer's parts.
-
-        AutoGPTQ wrote a bias of zeros for layers without one: those are left out.
-        """
+        """Every tensor name but `zero_biases`, with a weight in place of each quantized layer's parts."""
         parts = {f"{module}.{part}" for module in self._layers for part in _PARTS}
+        return set(self._where) - parts - self.zero_biases()
+
+    def zero_biases(self) -> set[str]:
+        """Biases of zeros, which AutoGPTQ wrote for layers that have none."""
         biases = {f"{module}.bias" for module in self._layers} & set(self._where)
-        return set(self._where) - parts - {name for name in biases if not self.tensor(name).any()}
+        return {name for name in biases if not self.tensor(name).any()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
