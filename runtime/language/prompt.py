@@ -81,27 +81,28 @@ def encode_question(
     """Token ids of `question` in its template: the question is text, whatever it looks like.
 
     A first question follows a line of `<image>` for each of `images`; with `follow_up` it follows
-    an answer, and no beginning-of-text token leads. Where it spells out control tokens or `<image>`,
-    the template's own are told from them by a character that the question does not hold.
+    an answer, and no beginning-of-text token leads.
     """
     _known(template)
     check_text(question, "question")
     text = FOLLOW_UPS[template] if follow_up else TEMPLATES[template]
     before, after = text.split("{question}")
-    before += (IMAGE + "\n") * images
-    controls = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    if any(token in question for token in (IMAGE, *controls)):
-        ids = _encode_literally(tokenizer, controls, before, question, after)
-    else:
-        ids = encode(tokenizer, before + question + after)
+    ids = encode_parts(
+        tokenizer, [(before + (IMAGE + "\n") * images, True), (question, False), (after, True)]
+    )
     return ids[len(opening(tokenizer)) :] if follow_up else ids
 
 
-def _encode_literally(
-    tokenizer: Tokenizer, controls: list[str], before: str, question: str, after: str
-) -> list[int]:
-    """As `encode`, with control tokens and images in `before` and `after` only."""
-    mark = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in question), None)
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> list[int]:
+    """As `encode` of the texts of `parts` in a row: control tokens and `<image>` count where markup is True.
+
+    Where others spell them out, those that count are told from them by a character that no text holds.
+    """
+    controls = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    literal = "\0".join(text for text, markup in parts if not markup)
+    if not any(token in literal for token in (IMAGE, *controls)):
+        return encode(tokenizer, "".join(text for text, _ in parts))
+    mark = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in literal), None)
     if mark is None:
         raise UhdError("question: holds every noncharacter of Unicode; take them out")
     plain = Tokenizer.from_str(tokenizer.to_str())
@@ -111,8 +112,8 @@ def _encode_literally(
         plain.add_tokens([AddedToken(mark + token, normalized=False, special=False)])
         ids[_id(plain, mark + token)] = _id(tokenizer, token)
     pattern = re.compile("|".join(map(re.escape, sorted([IMAGE, *controls], key=len, reverse=True))))
-    before, after = (pattern.sub(lambda match: mark + match[0], text) for text in (before, after))
-    return [ids.get(i, i) for i in _encode(plain, (before + question + after).split(mark + IMAGE))]
+    texts = (pattern.sub(lambda found: mark + found[0], text) if markup else text for text, markup in parts)
+    return [ids.get(i, i) for i in _encode(plain, "".join(texts).split(mark + IMAGE))]
 
 
 def _encode(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class BatchOptions:
     """`max_tokens` of an answer; `retry` asks again what failed before."""
 
     max_tokens: int | None = 256
-    choosing: Choosing = field(default_factory=Choosing)
+    choosing: Choosing | None = None
     image_root: Path | None = None
     retry: bool = False
 

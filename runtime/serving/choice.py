@@ -1,7 +1,7 @@
 """Choosing a token for one request: penalties and biases on the logits, then sampling."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.sampling import sample
+from uhd_export.runtime.language.sampling import penalised, sample
 from uhd_export.runtime.settings import Sampling
 
 
@@ -17,14 +17,12 @@ from uhd_export.runtime.settings import Sampling
 class Choosing:
     """How tokens are chosen. The default is greedy.
 
-    `repetition_penalty` divides the positive logits, and multiplies the negative ones, of every token in the
-    prompt or the answer (arXiv 1909.05858, section 4.1). `frequency_penalty` is subtracted once for each time
-    a token is in the answer, `presence_penalty` once for any. `logit_bias` is added by token. `logprobs` is
-    how many of the likeliest tokens are told with each; None tells nothing.
+    `frequency_penalty` is subtracted once for each time a token is in the answer, `presence_penalty` once for
+    any. `logit_bias` is added by token. `logprobs` is how many of the likeliest tokens are told with each;
+    None tells nothing.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
-    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -32,8 +30,6 @@ class Choosing:
 
     def __post_init__(self) -> None:
         """Raise UhdError naming a field that is out of range."""
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UhdError(f"repetition_penalty: {self.repetition_penalty} is out of range; use more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise UhdError(f"{name}: {getattr(self, name)} is out of range; use -2 to 2")
@@ -51,14 +47,13 @@ class Chosen:
 
 
 class Chooser:
-    """The tokens of one answer, one after the other. `prompt` are the prompt's text tokens."""
+    """The tokens of one answer, one after the other."""
 
-    def __init__(self, choosing: Choosing, prompt: Sequence[int], vocab: int) -> None:
+    def __init__(self, choosing: Choosing, vocab: int) -> None:
         bad = next((token for token in choosing.logit_bias if not 0 <= token < vocab), None)
         if bad is not None:
             raise UhdError(f"logit_bias: token {bad} is outside the vocabulary of {vocab}")
         self._choosing, self._random = choosing, choosing.sampling.generator()
-        self._seen = np.unique(np.array([t for t in prompt if 0 <= t < vocab], np.int64))
         self._counts: Counter[int] = Counter()
 
     def choose(self, logits: NDArray[Any], allowed: NDArray[Any] | None = None) -> Chosen:
@@ -79,18 +74,13 @@ class Chooser:
     def _adjust(self, logits: NDArray[Any]) -> NDArray[Any]:
         """`logits` with penalties and biases; the array itself where there are none."""
         choosing = self._choosing
-        penalised = choosing.repetition_penalty != 1
+        logits = penalised(logits, list(self._counts), choosing.sampling)
         counted = choosing.presence_penalty != 0 or choosing.frequency_penalty != 0
-        if not (penalised or counted or choosing.logit_bias):
+        if not (counted or choosing.logit_bias):
             return logits
         logits = logits.astype(np.float32, copy=True)
-        answered = np.fromiter(self._counts, np.int64, len(self._counts))
-        if penalised:
-            seen = np.union1d(self._seen, answered)
-            values = logits[seen]
-            penalty = np.float32(choosing.repetition_penalty)
-            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-        if counted and len(answered):
+        if counted and self._counts:
+            answered = np.fromiter(self._counts, np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[answered] -= choosing.presence_penalty + choosing.frequency_penalty * counts
         for token, bias in choosing.logit_bias.items():

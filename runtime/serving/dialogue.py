@@ -19,10 +19,23 @@ _SYSTEMS = {
 
 @dataclass(frozen=True)
 class Message:
-    """What `role`, "system", "user" or "assistant", said; `<image>` where an image goes."""
+    """What `role`, "system", "user" or "assistant", said: texts with an image between each two.
+
+    All of it is text: a control token or `<image>` that it spells out is none.
+    """
 
     role: str
-    text: str
+    texts: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        """How many images it shows."""
+        return len(self.texts) - 1
+
+    def parts(self) -> list[tuple[str, bool]]:
+        """What `encode_parts` takes."""
+        marked = [part for text in self.texts for part in ((prompts.IMAGE, True), (text, False))]
+        return marked[1:]
 
 
 def dialogue_ids(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:
@@ -34,29 +47,31 @@ def dialogue_ids(tokenizer: Tokenizer, template: str, messages: Sequence[Message
     """
     system = None
     if messages and messages[0].role == "system":
-        system, messages = messages[0].text, messages[1:]
+        system, messages = messages[0], messages[1:]
     expected = (["user", "assistant"] * len(messages))[: len(messages)]
     if not messages or len(messages) % 2 == 0 or [m.role for m in messages] != expected:
         raise UhdError(
             "messages: a system message may come first, then user and assistant take turns, the user last"
         )
-    if any(prompts.IMAGE in m.text for m in messages[1::2]) or prompts.IMAGE in (system or ""):
+    if any(message.images for message in (*messages[1::2], *([system] if system else []))):
         raise UhdError("messages: only the user can show images")
-    prefix = tokenizer.encode("").ids
-    ids = prompts.encode(tokenizer, _first(template, system, messages[0].text))
+    before, after = prompts.TEMPLATES[template].split("{question}")
+    start = _start(template, before, system)
+    ids = prompts.encode_parts(tokenizer, [*start, *messages[0].parts(), (after, True)])
+    opening = len(prompts.opening(tokenizer))
+    before, after = prompts.FOLLOW_UPS[template].split("{question}")
     for answer, question in zip(messages[1::2], messages[2::2], strict=True):
-        follow_up = prompts.FOLLOW_UPS[template].replace("{question}", question.text)
-        for part in (answer.text, follow_up):
-            more = prompts.encode(tokenizer, part)
-            ids += more[len(prefix) :] if more[: len(prefix)] == prefix else more
+        for parts in (answer.parts(), [(before, True), *question.parts(), (after, True)]):
+            ids += prompts.encode_parts(tokenizer, parts)[opening:]
     return ids
 
 
-def _first(template: str, system: str | None, question: str) -> str:
-    """The first turn, with `system` in place of what the template says."""
-    before, _, after = prompts.TEMPLATES[template].partition("{question}")
-    if system is not None and _SYSTEMS[template]:
-        before = before.replace(_SYSTEMS[template], system)
-    elif system:
-        before = f"{system}\n{before}"
-    return before + question + after
+def _start(template: str, before: str, system: Message | None) -> list[tuple[str, bool]]:
+    """What comes before the first question, with `system` in place of what the template says."""
+    usual = _SYSTEMS[template]
+    if system is None or not (usual or system.texts[0]):
+        return [(before, True)]
+    if not usual:
+        return [*system.parts(), ("\n" + before, True)]
+    head, tail = before.split(usual)
+    return [(head, True), *system.parts(), (tail, True)]

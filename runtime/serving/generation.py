@@ -32,8 +32,7 @@ class Generation:
         self.token = -1
         """The last token of the answer, once there is one, which is not in the cache yet."""
         self._eos = frozenset(eos)
-        text = [key for key in self.keys if isinstance(key, int)]
-        self._chooser = Chooser(request.choosing, text, vocab)
+        self._chooser = Chooser(request.choosing, vocab)
         self._grammar = None if request.grammar is None else request.grammar.follow()
         self._text = StoppableText(tokenizer, request.stop)
         self._untold: list[Chosen] = []

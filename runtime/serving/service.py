@@ -106,8 +106,8 @@ class Service:
     ) -> Self:
         """Open the bundle in folder `bundle`, as `Pipeline.open` does.
 
-        `slicing` has `grid_mode`, `max_slices` and `resize` in place of the bundle's. Raises UhdError where
-        it cannot be trusted, run or held.
+        `slicing` has `grid_mode`, `max_slices`, `resize` and `template` in place of the bundle's. Raises
+        UhdError where it cannot be trusted, run or held.
         """
         folder, options = Path(bundle), options or ServiceOptions()
         manifest = read_manifest(folder)
@@ -122,6 +122,7 @@ class Service:
             slicing.get("grid_mode"),
             slicing.get("max_slices"),
             slicing.get("resize", KEEP),
+            slicing.get("template"),
         )
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
@@ -170,7 +171,7 @@ class Service:
             sequence,
             tuple(image for image, _ in cut),
             max_tokens,
-            choosing or Choosing(),
+            choosing or Choosing(self.settings.sampling),
             tuple(stop),
             grammar,
             seconds,

@@ -51,13 +51,13 @@ def answer_pair(
         for index, turn in enumerate(pair.turns):
             first = index == 0 and not markers
             text = f"{IMAGE}\n" * len(images) + turn.question if first else turn.question
-            messages.append(Message("user", text))
-            shown = images[: sum(message.text.count(IMAGE) for message in messages)]
+            messages.append(Message("user", tuple(text.split(IMAGE))))
+            shown = images[: sum(message.images for message in messages)]
             request = service.prepare(messages, shown, max_tokens=max_tokens, choosing=choosing)
             answered = _answer(service, request)
             answers.append(answered)
             known = turn.answer if given and turn.answer is not None else answered.text
-            messages.append(Message("assistant", known))
+            messages.append(Message("assistant", (known,)))
     except UhdError as error:
         raise Failed(explain(error) or str(error)) from None
     return answers

@@ -31,6 +31,7 @@ class SlotOptions:
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
         slicing: dict[str, Any] = {"grid_mode": opening.grid_mode, "max_slices": opening.max_slices}
+        slicing["template"] = opening.template
         if opening.resize is not None:
             slicing["resize"] = opening.resize
         limits = Limits(waiting=self.waiting or 2 * self.slots)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair
+from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.evaluation.scores import MEASURES
 from uhd_export.runtime.serving.evaluation.statistics import Estimate, estimate, paired
 from uhd_export.runtime.serving.service import Service
@@ -48,11 +49,12 @@ def evaluate_pairs(
     if not any(turn.answer is not None for pair in pairs for turn in pair.turns):
         raise UhdError("--data: no line has an answer to compare with; add the field answer")
     found: dict[int, list[Question]] = {}
+    greedy = Choosing(service.settings.sampling.changed(temperature=0.0))
 
     def ask(item: tuple[int, Pair]) -> list[Question]:
         _, pair = item
         try:
-            answers = answer_pair(service, pair, max_tokens=max_tokens, given=True)
+            answers = answer_pair(service, pair, max_tokens=max_tokens, choosing=greedy, given=True)
             texts: list[str] = [answered.text.strip() for answered in answers]
             error = None
         except Failed as failure:

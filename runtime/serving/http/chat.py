@@ -9,7 +9,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.prompt import IMAGE
 from uhd_export.runtime.serving.choice import Choosing, Chosen
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.grammar import ANY_JSON
@@ -29,10 +28,10 @@ FINISH = {"stop": "stop", "length": "length", "context": "length"}
 
 
 def dialogue(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
-    """The turns with `<image>` where an image goes, and the images' URLs in their order.
+    """The turns, and the images' URLs in their order.
 
     Where a message has one text, its images come before it, as the model was trained; among several texts
-    they stay where they are. Raises UhdError where text has markers of its own that don't fit.
+    they stay where they are.
     """
     turns, urls = [], []
     for message in messages:
@@ -40,22 +39,24 @@ def dialogue(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]
         parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        markers = sum(text.count(IMAGE) for text in texts)
-        if markers not in (0, len(images)):
-            raise UhdError(f"messages: {markers} {IMAGE} markers for {len(images)} images")
-        if markers:
-            text = "\n".join(texts)
-        elif len(texts) > 1:
-            text = "\n".join(IMAGE if isinstance(part, ImagePart) else part.text for part in parts)
+        if len(texts) > 1:
+            between = [""]
+            for number, part in enumerate(parts):
+                between[-1] += "\n" if number else ""
+                if isinstance(part, ImagePart):
+                    between.append("")
+                else:
+                    between[-1] += part.text
         else:
-            text = f"{IMAGE}\n" * len(images) + "".join(texts)
-        turns.append(Message(message.role, text))
+            between = ["", *["\n"] * len(images)]
+            between[-1] += "".join(texts)
+        turns.append(Message(message.role, tuple(between)))
         urls += images
     return turns, urls
 
 
-def choosing(body: ChatRequest) -> Choosing:
-    """How tokens are chosen. Raises UhdError naming a field that is out of range."""
+def choosing(body: ChatRequest, usual: Sampling) -> Choosing:
+    """How tokens are chosen, as `usual` where nothing is said. Raises UhdError naming a wrong field."""
     if body.top_logprobs is not None and not body.logprobs:
         raise UhdError("top_logprobs: needs logprobs to be true")
     try:
@@ -63,14 +64,14 @@ def choosing(body: ChatRequest) -> Choosing:
     except ValueError:
         raise UhdError("logit_bias: the names must be token ids") from None
     return Choosing(
-        Sampling(
-            temperature=body.temperature or 0.0,
-            top_k=max(body.top_k or 0, 0),  # vLLM's clients write -1 for all
-            top_p=1.0 if body.top_p is None else body.top_p,
-            min_p=body.min_p or 0.0,
+        usual.changed(
+            temperature=body.temperature,
+            top_k=None if body.top_k is None else max(body.top_k, 0),  # vLLM's clients write -1 for all
+            top_p=body.top_p,
+            min_p=body.min_p,
             seed=None if body.seed is None else body.seed % 2**63,
+            repetition_penalty=body.repetition_penalty,
         ),
-        repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=bias,

@@ -72,7 +72,7 @@ class Front:
             turns,
             images,
             max_tokens=body.max_completion_tokens or body.max_tokens,
-            choosing=chat.choosing(body),
+            choosing=chat.choosing(body, self.service.settings.sampling),
             stop=chat.stop_texts(body),
             grammar=grammar,
             seconds=self.options.seconds,

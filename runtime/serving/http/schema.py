@@ -81,7 +81,7 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """The body of /v1/chat/completions. Greedy unless `temperature` is above 0."""
+    """The body of /v1/chat/completions. What is left out of the sampling is as the bundle says."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
     model: str | None = None

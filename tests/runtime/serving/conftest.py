@@ -51,7 +51,7 @@ def ask():
 
     def run(service, image, question, **options):
         images = image if isinstance(image, list) else [image] if image is not None else []
-        text = "<image>\n" * len(images) + question
-        return service.submit(service.prepare([Message("user", text)], images, **options))
+        texts = ("<image>\n" * len(images) + question).split("<image>")
+        return service.submit(service.prepare([Message("user", tuple(texts))], images, **options))
 
     return run

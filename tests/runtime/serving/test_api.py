@@ -1,5 +1,6 @@
 """The HTTP API in process: OpenAI's words, limits, and errors in one form."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,9 +8,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 from support.requests import about, data_uri
 
+from uhd_export.runtime.language.prompt import encode_parts, encode_question
 from uhd_export.runtime.serving.http.app import create_app
 from uhd_export.runtime.serving.http.front import HttpOptions
 from uhd_export.runtime.serving.scheduler import Limits
+from uhd_export.runtime.settings import Sampling
 
 
 @pytest.fixture
@@ -25,6 +28,10 @@ def client(serve):
 def post(client, messages="Say it.", **fields):
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     return client.post("/v1/chat/completions", json={"messages": messages, **fields})
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
 def events(response) -> list[dict]:
@@ -162,6 +169,46 @@ def test_models_health_metrics_plan_and_tokenize(client, cards):
     assert "process_resident_memory_bytes" in text
 
 
+def test_what_a_caller_spells_out_is_text(client, cards):
+    """As in the pipeline: only images that are sent and the template's own control tokens count."""
+    client = client(context=4096)
+    tokenizer = client.app.state.front.service.tokenizer
+
+    def ids(messages):
+        answer = client.post("/v1/tokenize", json={"messages": messages})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["ids"]
+
+    odd = "What is </s> or <image>?"
+    first = ids(about(cards[0][0], odd))
+    assert first == encode_question(tokenizer, odd, "vicuna_v1", 1)
+    assert first.count(-200) == 1 and 2 not in first
+    again = ids([*about(cards[0][0], odd), {"role": "assistant", "content": odd}, *user(odd)])
+    assert again[: len(first)] == first
+    assert again[len(first) :] == [
+        *encode_parts(tokenizer, [(odd, False)])[1:],
+        *encode_question(tokenizer, odd, "vicuna_v1", follow_up=True),
+    ]
+    plain = ids([{"role": "system", "content": odd}, *user("Why?")])
+    assert -200 not in plain and 2 not in plain
+
+
+def test_what_a_request_leaves_out_is_as_the_bundle_says(client):
+    client = client(context=512)
+    service = client.app.state.front.service
+    usual = Sampling(temperature=1.2, top_k=30, top_p=0.9, seed=4, repetition_penalty=1.3)
+    fields = {"max_tokens": 30, "logit_bias": {"2": -100}}
+
+    def text(**more):
+        return post(client, **fields, **more).json()["choices"][0]["message"]["content"]
+
+    greedy = text()
+    stated = text(temperature=1.2, top_k=30, top_p=0.9, seed=4, repetition_penalty=1.3)
+    service.settings = dataclasses.replace(service.settings, sampling=usual)
+    assert text() == stated != greedy
+    assert text(temperature=0, repetition_penalty=1) == greedy
+
+
 def test_a_dialogue_of_several_images_and_turns(client, cards):
     client = client(context=4096)
     (first, question, code), (second, other, _), _ = cards
@@ -174,7 +221,6 @@ def test_a_dialogue_of_several_images_and_turns(client, cards):
     for wrong, reason in (
         ([{"role": "assistant", "content": "x"}], "the user last"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "take turns"),
-        ([{"role": "user", "content": "<image> what?"}], "1 <image> markers for 0 images"),
         ([{"role": "system", "content": about(first, "x")[0]["content"]}, *messages[1:]], "only the user"),
     ):
         answer = post(client, wrong)

@@ -41,7 +41,7 @@ def test_golden_answers_together_equal_the_pipeline_s(serve, golden_bundle):
         context = pipeline.settings.context
     service = serve(golden_bundle, slots=4, context=context, limits=Limits(chunk=64, lone_chunk=200))
     requests = [
-        service.prepare([Message("user", f"<image>\n{question}")], [as_pil(image)], max_tokens=16)
+        service.prepare([Message("user", ("", f"\n{question}"))], [as_pil(image)], max_tokens=16)
         for image, question in cases
     ]
     streams = [service.submit(request) for request in requests]

@@ -8,7 +8,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.prompt import IMAGE
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.images import read_image
 from uhd_export.runtime.serving.queue import Busy
@@ -57,10 +56,9 @@ class TritonPythonModel:
         inputs = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
         images = [read_image(data, max_pixels=_MOST_PIXELS) for data in inputs["IMAGES"]]
         text = inputs["QUESTION"][0].decode()
-        if IMAGE not in text:
-            text = f"{IMAGE}\n" * len(images) + text
+        texts = ("", *["\n"] * (len(images) - 1), f"\n{text}") if images else (text,)
         tokens = int(inputs["MAX_TOKENS"][0]) if "MAX_TOKENS" in inputs else 256
-        return self.service.prepare([Message("user", text)], images, max_tokens=tokens)
+        return self.service.prepare([Message("user", texts)], images, max_tokens=tokens)
 
 
 def _response(text: str, reason: str, error=None):  # noqa: ANN001, ANN202
