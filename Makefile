@@ -2,6 +2,7 @@
 # make quick   the quick tests     make clean   remove what these made (not .venv)
 # make lint    style and types     make serve-demo    the page and the API on the embedded model
 # make fuzz    damaged inputs by the thousand, with counts by outcome
+# make docs     the documentation site, in site/
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
@@ -18,7 +19,7 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test quick test-gpu fuzz demo serve-demo lint clean
+.PHONY: help test quick test-gpu fuzz demo serve-demo lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -73,6 +74,15 @@ fuzz: $(READY)
 	@echo "==> damaged inputs by the thousand, counted by outcome"
 	@cd tests && $(CURDIR)/$(BIN)/python -m fuzz $(or $(SEED),1) $(KIND)
 
+# API pages are read from sources as they are installed, under one name.
+DOCS_LINKS := .docs_links
+docs: $(READY)
+	@echo "==> site/"
+	@rm -rf $(DOCS_LINKS) && mkdir -p $(DOCS_LINKS)/uhd_export
+	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(DOCS_LINKS)/uhd_export
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@rm -rf $(DOCS_LINKS)
+
 demo: $(READY)
 	@echo "==> build: nano, a small LLaVA-UHD v2 checkpoint in this package, into $(BUNDLE)"
 	@rm -rf $(BUNDLE)
@@ -89,4 +99,4 @@ serve-demo: $(READY)
 	@UHD=$(UHD) examples/serve/demo.sh $(BUNDLE) $(IMAGE) "$(QUESTION)"
 
 clean:
-	@rm -rf demo build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache $(LINKS)
+	@rm -rf demo site build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache $(LINKS)
