@@ -3,7 +3,9 @@
 GRID_MODES = ("selective", "fix", "pyramid")
 LAYOUTS = ("flat", "merged")
 TEMPLATES = ("vicuna_v1", "llava_v1", "plain", "qwen")
-"""Conversation templates of the released code; its v1 is vicuna_v1, its qwen_1_5 and qwen_2 are qwen."""
+"""Conversation templates of the released code."""
+TEMPLATE_ALIASES = {"v1": "vicuna_v1", "qwen_1_5": "qwen", "qwen_2": "qwen"}
+"""Other names that the released scripts give them."""
 PYRAMIDS = ("jbu", "bilinear", "deconvolution")
 """How the feature maps of higher levels are made; official checkpoints have the first."""
 ROI_ROUNDINGS = ("exact", "bf16")

@@ -14,7 +14,7 @@ from PIL import Image
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
 from uhd_export.runtime.bundle.opening import open_engines
 from uhd_export.runtime.bundle.probe import check_device
-from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
+from uhd_export.runtime.choices import GRID_MODES, TEMPLATE_ALIASES, TEMPLATES
 from uhd_export.runtime.conversation import Conversation
 from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
@@ -287,6 +287,7 @@ def configured(
     """`settings` with what is given in its place. Raises UhdError where it is out of range."""
     if grid_mode is not None and grid_mode not in GRID_MODES:
         raise UhdError(f"grid mode {grid_mode!r}: must be one of {', '.join(GRID_MODES)}")
+    template = None if template is None else TEMPLATE_ALIASES.get(template, template)
     if template is not None and template not in TEMPLATES:
         raise UhdError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
     changes: dict[str, Any] = {"grid_mode": grid_mode, "max_slices": max_slices, "template": template}

@@ -12,8 +12,8 @@ from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.cli.command import Command, concern, option
 from uhd_export.cli.main import main
-from uhd_export.cli.options import PipelineOptions, image_options, source_options
-from uhd_export.runtime.choices import GRID_MODES
+from uhd_export.cli.options import PipelineOptions, _Template, image_options, source_options
+from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
 
 
 def sections(help_text):
@@ -117,3 +117,12 @@ def test_defaults_of_the_command_line_are_those_of_the_dataclasses():
             for field, value in vars(kind()).items():
                 if field in defaults and value is not None:
                     assert defaults[field] == value, (name, field)
+
+
+def test_templates_are_known_by_the_released_scripts_names():
+    template = _Template(TEMPLATES)
+    names = {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "qwen_1_5": "qwen", "llava_v1": "llava_v1"}
+    assert {name: template.convert(name, None, None) for name in names} == names
+    for other in ("v0", "llama_2", "mpt"):
+        with pytest.raises(click.BadParameter, match=f"'{other}' is not one of"):
+            template.convert(other, None, None)

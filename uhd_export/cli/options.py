@@ -18,6 +18,7 @@ from uhd_export.runtime.choices import (
     GROUP_SIZES,
     LAYOUTS,
     ROI_ROUNDINGS,
+    TEMPLATE_ALIASES,
     TEMPLATES,
 )
 from uhd_export.runtime.engines.device import parse_device
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 SOURCE, IMAGES, WEIGHT, CALIBRATION = "Source", "Images", "Weights", "Calibration"
 ENGINES, OUTPUT, MACHINE = "Engines", "Output", "Machine"
 COUNT = click.IntRange(1)
+
+
+class _Template(click.Choice):
+    """A conversation template, by the released scripts' other names too."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(super().convert(TEMPLATE_ALIASES.get(value, value), param, ctx))
 
 
 class _Device(click.ParamType):
@@ -86,7 +94,7 @@ source_options = concern(
     ),
     option(
         "--template",
-        type=click.Choice(TEMPLATES),
+        type=_Template(TEMPLATES),
         help="How questions are put; default: by the language model.",
         section=SOURCE,
     ),
@@ -305,7 +313,7 @@ pipeline_options = concern(
     option("--resize", type=COUNT, metavar="N", help="Longest side before slicing.", section=IMAGES),
     option(
         "--template",
-        type=click.Choice(TEMPLATES),
+        type=_Template(TEMPLATES),
         help="How questions are put; default: the bundle's.",
         section=SOURCE,
     ),

@@ -37,6 +37,7 @@ def test_rendered_prompts_equal_the_released_ones(template):
 def test_templates_have_follow_ups():
     assert tuple(TEMPLATES) == choices.TEMPLATES
     assert TEMPLATES.keys() == FOLLOW_UPS.keys()
+    assert set(choices.TEMPLATE_ALIASES.values()) < set(TEMPLATES)
     assert all("{question}" in text for text in (*TEMPLATES.values(), *FOLLOW_UPS.values()))
 
 
