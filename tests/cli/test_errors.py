@@ -60,7 +60,7 @@ def test_lines_are_refused(fails, golden_bundle, tmp_path, size):
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\nxx"])
 def test_unreadable_images(fails, golden_bundle, tmp_path, content):
     (tmp_path / "bad.png").write_bytes(content)
-    assert "cannot be read" in fails("run", golden_bundle, tmp_path / "bad.png", "What?")
+    assert "no image of a known format" in fails("run", golden_bundle, tmp_path / "bad.png", "What?")
     assert "no such file" in fails("run", golden_bundle, tmp_path / "absent.png", "What?")
 
 
@@ -89,7 +89,7 @@ def test_prompt_longer_than_the_context(fails, golden_bundle, image_file):
         (["--max-slices", "0"], "--max-slices"),
         (["--resize", "0"], "--resize"),
         (["--context", "0"], "--context"),
-        (["--device", "tpu"], "--device': 'tpu' is not one of"),
+        (["--device", "tpu"], "--device': device 'tpu': unknown"),
         (["--threads", "0"], "--threads"),
     ],
 )

@@ -97,7 +97,8 @@ def test_killed_at_every_event_the_next_build_finds_a_bundle(bundle, tmp_path, m
             write(bundle, "newer")  # rolls back what was cut off, and refuses
         whole.append((bundle / "part.bin").read_text())
         assert leftovers(bundle) == [MANIFEST, "part.bin"]
-        assert not (set(leftovers(tmp_path)) - {"bundle"}) - {".bundle.uhd-partial", ".bundle.uhd-old"}
+        ours = {f".bundle.uhd-{kind}" for kind in ("partial", "old", "lock")}
+        assert set(leftovers(tmp_path)) - ours == {"bundle"}
         write(bundle, "old", force=True)
         assert leftovers(tmp_path) == ["bundle"]
         if not killed:

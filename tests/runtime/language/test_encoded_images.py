@@ -12,7 +12,7 @@ from uhd_export.runtime.stopwatch import Stopwatch
 def test_the_image_unused_for_longest_is_dropped_first():
     encoded = []
 
-    def encode_resident(crops, grid_mode, watch):
+    def encode_resident(crops, grid_mode, watch, stop):
         encoded.append(grid_mode)
         return [np.ones((2, 3), np.float32)]
 
