@@ -3,17 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uhd_export.runtime.bundle.manifest import Manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.json_files import parse_json
 from uhd_export.runtime.language.pairs import numbered_lines, parse_pair
 from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.service import Service
 from uhd_export.runtime.serving.work import Answered, Failed, all_busy, answer_pair
+from uhd_export.runtime.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Line:
     text: str
 
 
+Results = Callable[[Sequence[Line]], Iterator[tuple[Line, dict[str, Any]]]]
+"""What is written of each line, as it is answered."""
+
+
 def answer_file(
     service: Service,
     questions: Path,
@@ -57,27 +63,48 @@ def answer_file(
     Lines of an unfinished `output` stay and are not asked again. Raises UhdError where `output` answers
     other questions, or with other options.
     """
+
+    def results(lines: Sequence[Line]) -> Iterator[tuple[Line, dict[str, Any]]]:
+        return answer_lines(service, lines, questions, options)
+
+    run = run_digest(service.manifest, service.settings, service.context, options)
+    return write_answers(questions, output, run, options.retry, results, on_line)
+
+
+def answer_lines(
+    service: Service, lines: Sequence[Line], questions: Path, options: BatchOptions
+) -> Iterator[tuple[Line, dict[str, Any]]]:
+    """Each of `lines` with what is written of it, all slots busy."""
+
+    def ask(line: Line) -> list[Answered]:
+        return answer_line(service, line, questions, options)
+
+    for line, result in all_busy(service, lines, ask):
+        yield line, describe(result)
+
+
+def write_answers(
+    questions: Path,
+    output: Path,
+    run: str,
+    retry: bool,
+    results: Results,
+    on_line: Callable[[int, int], None],
+) -> BatchResult:
+    """Write what `results` gives for the lines that `output` does not hold; see `answer_file`."""
     lines = [Line(*line) for line in numbered_lines(questions)]
-    run = run_digest(service, options)
     before = read_answers(output, {line.number: line.text for line in lines}, run)
-    if options.retry:
+    if retry:
         before = {number: record for number, record in before.items() if "error" not in record}
         rewrite(output, before)
     failed = sum("error" in record for record in before.values())
     done = len(before)
     on_line(done, len(lines))
-    todo = (line for line in lines if line.number not in before)
-
-    def ask(line: Line) -> list[Answered]:
-        return answer_line(service, line, questions, options)
-
     with output.open("ab", buffering=0) as file:
-        for line, result in all_busy(
-            service, todo, lambda line: answer_line(service, line, questions, options)
-        ):
-            record = {"line": line.number, "of": digest(line.text), "run": run, **describe(result)}
+        for line, told in results([line for line in lines if line.number not in before]):
+            record = {"line": line.number, "of": digest(line.text), "run": run, **told}
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())  # in one call: whole or torn
-            failed += isinstance(result, Failed)
+            failed += "error" in told
             done += 1
             on_line(done, len(lines))
         os.fsync(file.fileno())
@@ -113,10 +140,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
-def run_digest(service: Service, options: BatchOptions) -> str:
+def run_digest(manifest: Manifest, settings: Settings, context: int, options: BatchOptions) -> str:
     """What tells runs apart whose answers may differ: the bundle's weights, and how it is asked."""
-    files = sorted((name, record.sha256) for name, record in service.manifest.files.items())
-    return digest(repr((files, service.settings, service.context, options.max_tokens, options.choosing)))
+    files = sorted((name, record.sha256) for name, record in manifest.files.items())
+    return digest(repr((files, settings, context, options.max_tokens, options.choosing)))
 
 
 def read_answers(output: Path, lines: dict[int, str], run: str) -> dict[int, dict[str, Any]]:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
 from uhd_export.runtime.bundle.opening import open_engines
-from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
@@ -75,7 +74,9 @@ class Service:
             encoded=options.image_cache,
             waiting=options.limits.waiting,
         )
-        if default_device(manifest.backend) == "cpu":
+        # What a GPU has left is not known here: its engines refuse what does not fit.
+        on = getattr(language, "device", None)
+        if on is not None and on.kind == "cpu":
             self.memory.check(available_memory())
         self.tokenizer = load_tokenizer(folder / TOKENIZER)
         self.encoded = EncodedImages(options.image_cache)

@@ -24,21 +24,24 @@ class SlotOptions:
     image_cache: int
     waiting: int | None = None
 
+    def slicing(self, opening: "PipelineOptions") -> dict[str, Any]:
+        """What takes the place of the bundle's settings."""
+        slicing: dict[str, Any] = {"grid_mode": opening.grid_mode, "max_slices": opening.max_slices}
+        if opening.resize is not None:
+            slicing["resize"] = opening.resize
+        return {**slicing, "template": opening.template}
+
     def open(self, bundle: Path, opening: "PipelineOptions") -> "Service":
         """A service of `bundle`."""
         from uhd_export.runtime.progress import status
         from uhd_export.runtime.serving.scheduler import Limits
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
-        slicing: dict[str, Any] = {"grid_mode": opening.grid_mode, "max_slices": opening.max_slices}
-        slicing["template"] = opening.template
-        if opening.resize is not None:
-            slicing["resize"] = opening.resize
         limits = Limits(waiting=self.waiting or 2 * self.slots)
         options = ServiceOptions(self.slots, opening.context, self.image_cache << 20, limits)
         with status("opening the bundle"):
             return Service.open(
-                bundle, options, device=opening.device, threads=opening.threads, slicing=slicing
+                bundle, options, device=opening.device, threads=opening.threads, slicing=self.slicing(opening)
             )
 
 

@@ -1,6 +1,7 @@
 """A cluster of two replicas on this machine: one image stays with one replica, and a dead one is replaced."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,21 +24,25 @@ def open_nano(bundle):
 
 
 @pytest.fixture(scope="module")
-def address(nano_bundle):
+def cluster():
+    """Ray on this machine."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(cluster, nano_bundle):
     from ray import serve
 
     from uhd_export.runtime.serving.cluster.serve import ClusterOptions, run
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        options = ClusterOptions(replicas=2, slots=2, cpus=0.1)
-        run(open_nano(nano_bundle), HttpOptions(keys=("secret",)), options, port=port)
-        yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
-    finally:
-        ray.shutdown()
+    options = ClusterOptions(replicas=2, slots=2, cpus=0.1)
+    run(open_nano(nano_bundle), HttpOptions(keys=("secret",)), options, port=port)
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
 
 
 @pytest.fixture
@@ -87,3 +92,24 @@ def test_the_cluster(client, cards):
             statuses.append(ask(client, image, question).status_code)
             assert statuses[-1] in (200, 503)
     assert ask(client, image, question).json()["choices"][0]["message"]["content"] == code
+
+
+@pytest.mark.slow
+def test_a_file_of_questions_over_two_workers(cluster, nano_bundle, cards, tmp_path):
+    from uhd_export.runtime.serving.batch import BatchOptions, write_answers
+    from uhd_export.runtime.serving.cluster.batch import WorkerOptions, cluster_results
+
+    image, question, code = cards[0]
+    image.save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "question": question}] * 5 + [{"image": "b.png", "question": question}]
+    questions, output = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    options, workers = BatchOptions(max_tokens=8), WorkerOptions(2, slots=1, cpus=0.5)
+    results = cluster_results(open_nano(nano_bundle), questions, options, workers)
+    steps = []
+    done = write_answers(questions, output, "run", False, results, lambda *step: steps.append(step))
+    assert (done.answered, done.failed, done.before) == (5, 1, 0) and steps[-1] == (6, 6)
+    records = {record["line"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert {records[line]["answer"] for line in range(1, 6)} == {code}
+    assert "b.png: no such file" in records[6]["error"]
+    assert write_answers(questions, output, "run", False, results, lambda *step: None).before == 6
