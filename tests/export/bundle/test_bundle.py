@@ -20,7 +20,7 @@ import uhd_export.bundle.staging as staging
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
 from uhd_export.runtime import Pipeline
-from uhd_export.runtime.bundle.manifest import Parity, read_manifest
+from uhd_export.runtime.bundle.manifest import STORED, Parity, read_manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.terminal.bundle_report import print_parity
 
@@ -43,9 +43,13 @@ def test_bundle_carries_its_evidence(make, tmp_path, spoken_checkpoint):
     manifest = make(verify=True, layout="merged")
     assert manifest == read_manifest(tmp_path / "out")
     assert leftovers(tmp_path) == ["out"]
-    parts = [entry.part for entry in manifest.parity]
-    assert parts == ["vision"] * 4 + ["logits", "tokens"]
-    assert all(entry.value is not None and entry.value < 1e-4 for entry in manifest.parity)
+    stored = [entry for entry in manifest.parity if entry.against == STORED]
+    assert [entry.part for entry in stored] == ["vision"] * 4 + ["logits", "tokens"]
+    assert all(entry.value is not None and entry.value < 1e-4 for entry in stored)
+    peers = [
+        (entry.part, entry.against.partition(" ")[0]) for entry in manifest.parity if entry not in stored
+    ]
+    assert peers == [("logits", "transformers"), ("tokens", "transformers")]
     assert manifest.source.id == str(spoken_checkpoint)
     assert set(manifest.files) == set(leftovers(tmp_path / "out")) - {"manifest.json"}
     assert manifest.tools["torch"].startswith("2.")
@@ -275,7 +279,8 @@ def test_check_reports_what_is_out_of_tolerance(golden_bundle, monkeypatch):
     monkeypatch.setattr(parity, "LIMITS", {"float32": 1e-9})
     report = check_bundle(golden_bundle)
     assert not report.ok
-    assert [entry.part for entry in report.measured if not entry.ok] == ["vision"] * 4 + ["logits"]
+    wrong = [entry.part for entry in report.measured if not entry.ok and entry.against == STORED]
+    assert wrong == ["vision"] * 4 + ["logits"]
     bad = Parity("vision", "x", "relative error", 1.0, 0.1, None)
     again = dataclasses.replace(
         report, measured=(), manifest=dataclasses.replace(report.manifest, parity=(bad,))

@@ -24,7 +24,7 @@ from uhd_export.cli.main import main
 from uhd_export.graph.int4.choose import resolve
 from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.graph.int4.view import as_stored
-from uhd_export.runtime.bundle.manifest import QUALITY, FileRecord, read_manifest
+from uhd_export.runtime.bundle.manifest import QUALITY, STORED, FileRecord, read_manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.terminal.quality_report import print_quality
 
@@ -61,7 +61,7 @@ def _gptq(plain, folder, *, form="gptq", symmetric=True, ordered=False):
 
 
 def _parity(manifest):
-    return {entry.part: entry.value for entry in manifest.parity}
+    return {entry.part: entry.value for entry in manifest.parity if entry.against == STORED}
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_int8_activations_have_a_wider_limit(plain, tmp_path):
     options = build_options(vision_tower=plain / "clip", weights="int4-rtn")
     manifest = build_bundle(plain, tmp_path / "out", options=options)
     assert manifest.quantization.group == 64
-    (logits,) = (entry for entry in manifest.parity if entry.part == "logits")
+    (logits,) = (entry for entry in manifest.parity if (entry.part, entry.against) == ("logits", STORED))
     assert 1e-3 < logits.value < logits.limit == 0.1
 
 
