@@ -1,5 +1,6 @@
 """Memory of this machine and this process, where the operating system tells."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -54,6 +55,13 @@ def resident_memory() -> int | None:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError, AttributeError):
         return None
+
+
+def return_memory() -> None:
+    """Give freed memory that the C library keeps back to the system, where it has a call for that (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.encoded_images import EncodedImages
 from uhd_export.runtime.language.generation import TextGenerator
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence, plan_image
+from uhd_export.runtime.memory import return_memory
 from uhd_export.runtime.settings import Sampling, Settings
 from uhd_export.runtime.stopwatch import Stopwatch
 from uhd_export.runtime.turns import Turns
@@ -255,6 +256,7 @@ class Pipeline:
         with self._turns.call():
             self.generator.prefix.forget()
             self.images.clear()
+            return_memory()
 
     def close(self) -> None:
         """Free both engines once what runs has ended; an unfinished answer cannot go on. May be repeated."""
@@ -262,6 +264,7 @@ class Pipeline:
             if first:
                 self.vision.close()
                 self.language.close()
+                return_memory()
 
     def __repr__(self) -> str:
         state = "closed" if self._turns.closed else f"context {self.generator.decoder.context}"

@@ -97,6 +97,8 @@ class Engine(ABC):
     """What computes, with its version, and on which device."""
     weight_bytes: int | None = None
     """Bytes of weights that the engine loaded, where the backend knows."""
+    enough_rows: int | None = None
+    """Rows of a product beyond which a run is not faster, but takes memory; None where it is."""
 
     @property
     def most_scratch_bytes(self) -> int | None:

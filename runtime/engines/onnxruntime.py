@@ -30,6 +30,13 @@ _TYPES = {
 }
 
 
+# A run fed with more bytes is an image or a prompt: what its activations took goes back to the system. Steps
+# of decoding are fed less, and keep it.
+_RELEASE_BYTES = 1 << 20
+# Two crops of 336x336.
+_ENOUGH_ROWS = 1200
+
+
 class OrtEngine(Engine):
     """A graph in an ONNX Runtime session; see `Engine`.
 
@@ -50,6 +57,8 @@ class OrtEngine(Engine):
     ) -> None:
         self._caller = Caller()
         self.device = parse_device(device)
+        self._arena = arena and self.device.kind == "cpu"
+        self.enough_rows = _ENOUGH_ROWS if self.device.kind == "cpu" else None
         missing = prepare_cuda(ort) if self.device.kind == "cuda" else ""
         if not Path(path).is_file():
             raise UhdError(f"engine {path}: no such file")
@@ -98,16 +107,24 @@ class OrtEngine(Engine):
         """See `Engine.infer`."""
         check_feeds(feeds, self.inputs, {})
         with self.errors():
-            results = self.run(lambda options: self.session.run(None, dict(feeds), options), stop)
+            results = self.run(lambda options: self.session.run(None, dict(feeds), options), feeds, stop)
         return dict(zip(self.outputs, results, strict=True))
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
         return OrtBinding(self, shared, sizes)
 
-    def run(self, run: Callable[[ort.RunOptions], T], stop: Stop | None) -> T:
-        """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did."""
-        return self._caller.call(lambda stop: _stoppable(run, stop), stop)
+    def run(
+        self, run: Callable[[ort.RunOptions], T], feeds: Mapping[str, NDArray[Any]], stop: Stop | None
+    ) -> T:
+        """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did.
+
+        After large `feeds` the activations' memory goes back to the system.
+        """
+        options = ort.RunOptions()
+        if self._arena and sum(array.nbytes for array in feeds.values()) > _RELEASE_BYTES:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return self._caller.call(lambda stop: _stoppable(run, options, stop), stop)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -178,7 +195,7 @@ class OrtBinding(Binding):
             self._binding.bind_output(name, "cpu")
         with self._engine.errors():
             session = self._engine.session
-            self._engine.run(lambda options: session.run_with_iobinding(self._binding, options), stop)
+            self._engine.run(lambda options: session.run_with_iobinding(self._binding, options), feeds, stop)
         if not self._engine.updates_in_place and self._shared:
             self._check_update()
         results = dict(self._results)
@@ -255,8 +272,7 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _stoppable(run: Callable[[ort.RunOptions], T], stop: Stop) -> T:
-    options = ort.RunOptions()
+def _stoppable(run: Callable[[ort.RunOptions], T], options: ort.RunOptions, stop: Stop) -> T:
     with stop.ending(lambda: setattr(options, "terminate", True)):
         try:
             return run(options)

@@ -71,10 +71,18 @@ class VisionEncoder:
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, crop in enumerate(crops):
             by_shape[(crop.shape[0], crop.shape[1])].append(index)
-        for members in by_shape.values():
-            for start in range(0, len(members), MAX_BATCH):
-                batch = members[start : start + MAX_BATCH]
+        for shape, members in by_shape.items():
+            size = self._batch(shape)
+            for start in range(0, len(members), size):
+                batch = members[start : start + size]
                 yield batch, self.feeds(normalise_batch([crops[i] for i in batch], self._dtype), grid_mode)
+
+    def _batch(self, shape: tuple[int, int]) -> int:
+        """How many crops of `shape` run at once: no more than is faster, as each takes memory."""
+        rows, patch = self.engine.enough_rows, self._model.vision.patch
+        if rows is None:
+            return MAX_BATCH
+        return min(max(rows // (shape[0] // patch * (shape[1] // patch)), 1), MAX_BATCH)
 
     def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, NDArray[Any]]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""

@@ -21,7 +21,8 @@ from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
 from uhd_export.graph.inline import inline_functions
 from uhd_export.graph.int4.choose import linear_format, resolve
-from uhd_export.graph.int4.view import as_stored
+from uhd_export.graph.int4.options import AUTO
+from uhd_export.graph.int4.view import EMBED_TOKENS, as_stored
 from uhd_export.graph.int8.calibrate import Int8Plan, calibrate_vision
 from uhd_export.graph.language import check_context, emit_language
 from uhd_export.graph.vision import emit_vision
@@ -50,7 +51,6 @@ from uhd_export.runtime.progress import progress_bar
 from uhd_export.tensorrt.engines import replace_graphs
 
 _TABLE_ROWS = 4096
-_EMBED_TOKENS = "model.embed_tokens.weight"
 
 
 def build_bundle(
@@ -78,7 +78,8 @@ def build_bundle(
     """
     options, out = options or BuildOptions(), Path(out)
     if options.engines is not None:  # which multiply with what they compute in
-        options = replace(options, weights=replace(options.weights, activations="float"))
+        head = "dense" if options.weights.lm_head == AUTO else options.weights.lm_head
+        options = replace(options, weights=replace(options.weights, activations="float", lm_head=head))
     folder = source_folder(source)
     config = read_config(folder, options.reading)
     _check_before(folder, config, out, options, force, quantize is not None)
@@ -93,6 +94,7 @@ def build_bundle(
             _write_language(checkpoint, config, staging, options, quantization, progress)
             manifest = replace(
                 _describe(source, folder, config, options),
+                precision=Precision(options.precision, options.precision, _embeddings(options, quantization)),
                 files=_files(staging, progress),
                 quantization=quantization,
                 vision_quantization=None if vision is None else vision.record,
@@ -226,7 +228,7 @@ def _write_language(
             progress=bar.set,
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:
-        write_embeddings(checkpoint, folder / EMBEDDINGS, options.precision, bar.set)
+        write_embeddings(checkpoint, folder / EMBEDDINGS, _embeddings(options, quantization), bar.set)
 
 
 def _refuse_small_context(context: int, config: CheckpointConfig, tokenizer: Tokenizer) -> None:
@@ -240,11 +242,16 @@ def _refuse_small_context(context: int, config: CheckpointConfig, tokenizer: Tok
         )
 
 
+def _embeddings(options: BuildOptions, quantization: Quantization | None) -> str:
+    """The type of the embedding table: float16 beside int4 layers, which lose far more."""
+    return options.precision if quantization is None or quantization.method is None else "float16"
+
+
 def write_embeddings(
     checkpoint: Checkpoint, path: Path, dtype: str, on_rows: Callable[[int, int], None]
 ) -> None:
     """Write the embedding table as a `.npy` of `dtype`, converted a few thousand rows at a time."""
-    table = checkpoint.tensor(_EMBED_TOKENS)
+    table = checkpoint.tensor(EMBED_TOKENS)
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(table.shape)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -252,7 +259,7 @@ def write_embeddings(
             with np.errstate(over="ignore"):  # what does not fit is refused next, in our words
                 rows = table[start : start + _TABLE_ROWS].float().numpy().astype(dtype)
             if not np.isfinite(rows).all():
-                raise UhdError(f"tensor {_EMBED_TOKENS}: does not fit {dtype}; use --dtype float32")
+                raise UhdError(f"tensor {EMBED_TOKENS}: does not fit {dtype}; use --dtype float32")
             file.write(rows.tobytes())
             on_rows(min(start + _TABLE_ROWS, len(table)), len(table))
 

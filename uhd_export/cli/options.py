@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 from uhd_export.calibration.options import MIN_SAMPLES, CalibrationOptions
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.cli.command import concern, option
-from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WEIGHTS, WeightOptions
+from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, HEADS, WEIGHTS, WeightOptions
 from uhd_export.runtime.choices import (
     BACKENDS,
     GRID_MODES,
@@ -158,9 +158,9 @@ weight_options = concern(
     ),
     option(
         "--lm-head",
-        default="dense",
-        type=click.Choice(tuple(HEADS)),
-        help="The language model's head.",
+        default=AUTO,
+        type=click.Choice((AUTO, *HEADS)),
+        help="The language model's head; auto is int8 beside int4 weights.",
         section=WEIGHT,
     ),
     option(

@@ -74,7 +74,7 @@ def test_a_gptq_checkpoint_is_built_bit_for_bit(plain, tmp_path, made):
     source = _gptq(plain, tmp_path / "gptq", **made)
     manifest = build_bundle(source, tmp_path / "out", options=build_options(activations="float"))
     record = manifest.quantization
-    assert (record.method, record.group, record.lm_head) == ("gptq", 64, "dense")
+    assert (record.method, record.group, record.lm_head) == ("gptq", 64, "int8")
     assert record.symmetric == made.get("symmetric", True)
     assert record.act_order == made.get("ordered", False)
     assert _parity(manifest)["logits"] < 1e-5

@@ -12,7 +12,7 @@ from uhd_export.graph.int4.formats import (
     RoundedWeights,
     WeightSource,
 )
-from uhd_export.graph.int4.options import ACTIVATIONS, HEADS, WeightOptions
+from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, HEADS, WeightOptions
 from uhd_export.graph.linear import Dense, LinearFormat
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.config import LanguageConfig
@@ -34,7 +34,12 @@ def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptio
         raise UhdError(f"checkpoint {checkpoint.folder}: is quantized already; use --weights int4")
     if weights == "dense" and options.group is not None:
         raise UhdError(f"group size {options.group}: is for --weights int4 and int4-rtn; leave it out")
-    if weights == "dense" and options.lm_head == "dense":
+    head = options.lm_head
+    if head == AUTO:
+        divides = config.hidden % head_group(config) == 0
+        stored = gptq is not None and gptq.is_quantized(LM_HEAD)
+        head = "int8" if weights != "dense" and divides and not stored else "dense"
+    if weights == "dense" and head == "dense":
         return None
     group, symmetric, act_order = options.group or largest_group(config), True, False
     if weights == "int4" and gptq is not None:
@@ -51,10 +56,10 @@ def resolve(checkpoint: Checkpoint, config: LanguageConfig, options: WeightOptio
     elif weights == "int4-rtn":
         for name, (_, inputs) in linear_shapes(config).items():
             check_group(name, inputs, group)
-    if options.lm_head != "dense":
+    if head != "dense":
         check_group(LM_HEAD, config.hidden, head_group(config))
     methods = {"int4": "gptq", "int4-rtn": "rtn", "dense": None}
-    return Quantization(methods[weights], group, symmetric, act_order, options.lm_head, options.activations)
+    return Quantization(methods[weights], group, symmetric, act_order, head, options.activations)
 
 
 def linear_format(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from uhd_export.checkpoint.fields import choice
 
 WEIGHTS = ("auto", "dense", "int4", "int4-rtn")
+AUTO = "auto"
 HEADS = {"dense": None, "int8": 8, "int4": 4}
 """Types of the language model's head, by their bits where it is rounded."""
 ACTIVATIONS = {"int8": 4, "float": 1}
@@ -17,16 +18,17 @@ class WeightOptions:
 
     `weights`: auto takes a GPTQ checkpoint as it is and others dense; dense dequantizes; int4 wants a GPTQ
     checkpoint; int4-rtn rounds to the nearest in groups of `group` inputs (None: the largest that fits).
-    `lm_head` may be rounded too. `activations` int8 is the faster product of ONNX Runtime.
+    `lm_head` auto is int8 beside int4 weights on ONNX Runtime, dense elsewhere. `activations` int8 is the
+    faster product of ONNX Runtime.
     """
 
     weights: str = "auto"
     group: int | None = None
-    lm_head: str = "dense"
+    lm_head: str = AUTO
     activations: str = "int8"
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
         choice("weights", self.weights, WEIGHTS)
-        choice("lm_head", self.lm_head, HEADS)
+        choice("lm_head", self.lm_head, (AUTO, *HEADS))
         choice("activations", self.activations, ACTIVATIONS)

@@ -9,13 +9,14 @@ from uhd_export.graph.int4.choose import HEADS
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.config import LanguageConfig
 
+EMBED_TOKENS = "model.embed_tokens.weight"
 _HEAD = f"{LM_HEAD}.weight"
 
 
 class RoundedView(Checkpoint):
     """`base` with the values that a bundle rounds in place of its own. The caller closes `base`.
 
-    A tied head that is rounded is a tensor of its own: the embedding table stays as it is.
+    A tied head that is rounded is a tensor of its own. Beside int4 layers the embedding table is float16.
     """
 
     def __init__(self, base: Checkpoint, config: LanguageConfig, quantization: Quantization) -> None:
@@ -23,6 +24,7 @@ class RoundedView(Checkpoint):
         self._symmetric = quantization.symmetric
         self._rounded: dict[str, tuple[int, int]] = {}
         self._head = base.head(config.tied)
+        self._half = quantization.method is not None
         if quantization.method == "rtn":
             self._rounded = {f"{name}.weight": (quantization.group, 4) for name in linear_shapes(config)}
         bits = HEADS[quantization.lm_head]
@@ -43,6 +45,8 @@ class RoundedView(Checkpoint):
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`, rounded where the bundle's is."""
+        if name == EMBED_TOKENS and self._half:
+            return self._base.tensor(name).half().to(dtype or torch.float32)
         if name not in self._rounded:
             return self._base.tensor(name, dtype)
         group, bits = self._rounded[name]
