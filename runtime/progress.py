@@ -4,25 +4,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from uhd_export.runtime.units import format_bytes
 
 Progress = Callable[[int, int], None]
 """How every long task tells how far it is: called with (done, total)."""
+
+# An estimate from less than this says nothing.
+_SECONDS, _SHARE = 2.0, 0.02
 
 
 class Bar:
     """One line of progress."""
 
-    def __init__(self, progress: RichProgress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: RichProgress, task: TaskID, total: int | None) -> None:
+        self._progress, self._task, self._total = progress, task, total
 
     def advance(self, steps: int = 1) -> None:
         """`steps` more are done."""
@@ -30,25 +29,109 @@ class Bar:
 
     def set(self, done: int, total: int) -> None:
         """`done` of `total` steps are done."""
+        self._total = total
         self._progress.update(self._task, completed=done, total=total)
+
+    def finish(self) -> None:
+        """All is done, whatever was counted."""
+        total = self._total or 1
+        self._progress.update(self._task, completed=total, total=total)
+
+
+class _Count(ProgressColumn):
+    """How much of how much: steps, or bytes in their unit."""
+
+    def render(self, task: Task) -> Text:
+        done, total = int(task.completed), task.total
+        if task.fields.get("nbytes"):
+            of = "?" if total is None else format_bytes(int(total))
+            return Text(f"{format_bytes(done)} of {of}")
+        return Text(f"{done}/{'?' if total is None else int(total)}")
+
+
+class _Left(ProgressColumn):
+    """The time left, from the mean pace since the task began; nothing while that says nothing."""
+
+    def render(self, task: Task) -> Text:
+        left = seconds_left(task.elapsed or 0.0, task.completed, task.total)
+        return Text("" if left is None else f"about {left:,.0f} s left")
+
+
+def seconds_left(elapsed: float, done: float, total: float | None) -> float | None:
+    """What the rest takes at the mean pace so far; None where too little is done to say."""
+    if not total or elapsed < _SECONDS or done < total * _SHARE or done >= total:
+        return None
+    return elapsed * (total - done) / done
+
+
+class _Overall:
+    """The bar of a whole command, in whose display the bars of its stages appear and vanish."""
+
+    current: "_Overall | None" = None
+
+    def __init__(self, progress: RichProgress, label: str, stages: int) -> None:
+        self.progress, self._label, self._stages = progress, label, stages
+        self._task, self._done = progress.add_task(label, total=stages), 0
+
+    def begin(self, stage: str) -> None:
+        """A stage begins: the bar names it."""
+        self.progress.update(self._task, description=f"{self._label}: {stage}")
+
+    def end(self) -> None:
+        """A stage is over; one that nobody foresaw makes the whole longer."""
+        self._done += 1
+        self._stages = max(self._stages, self._done)
+        self.progress.update(self._task, completed=self._done, total=self._stages)
+
+    def finish(self) -> None:
+        """Everything is over."""
+        self.progress.update(self._task, description=self._label, completed=self._stages, total=self._stages)
+
+
+def _display(show: bool) -> RichProgress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), _Left())
+    return RichProgress(*columns, console=console, disable=not (show and console.is_terminal))
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None = None, *, show: bool = True) -> Iterator[Bar]:
+def overall_bar(label: str, stages: int, *, show: bool = True) -> Iterator[None]:
+    """One bar for the whole block: every `progress_bar` within is one of its `stages`, named in it."""
+    if _Overall.current is not None:
+        yield  # a command within a command
+        return
+    with _display(show) as progress:
+        _Overall.current = overall = _Overall(progress, label, stages)
+        try:
+            yield
+            overall.finish()
+        finally:
+            _Overall.current = None
+
+
+@contextmanager
+def progress_bar(
+    label: str, total: int | None = None, *, show: bool = True, nbytes: bool = False
+) -> Iterator[Bar]:
     """A bar called `label` for the time of the block; `total` None where it is not known yet.
 
-    With `show` false, or where stderr is no terminal, nothing is drawn.
+    It ends full where the block ends without an error. `nbytes`: what is counted is bytes. With `show` false,
+    or where stderr is no terminal, nothing is drawn.
     """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
-        yield Bar(progress, progress.add_task(label, total=total))
+    overall = _Overall.current if show else None
+    if overall is None:
+        with _display(show) as progress:
+            bar = Bar(progress, progress.add_task(label, total=total, nbytes=nbytes), total)
+            yield bar
+            bar.finish()
+        return
+    overall.begin(label)
+    task = overall.progress.add_task(f"  {label}", total=total, nbytes=nbytes)
+    try:
+        yield Bar(overall.progress, task, total)
+        overall.end()  # and the stage's own bar vanishes
+    finally:
+        overall.progress.remove_task(task)
 
 
 @contextmanager

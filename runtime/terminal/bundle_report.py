@@ -46,7 +46,7 @@ def check_files(folder: Path, reason: str) -> None:
     """
     manifest = read_manifest(folder)
     size = total_bytes(manifest)
-    with progress_bar("hashing", size) as bar:
+    with progress_bar("hashing", size, nbytes=True) as bar:
         verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
     print(f"{printable(str(folder))}: {len(manifest.files)} files, {format_bytes(size)}, SHA-256 as recorded")
     print_parity(manifest.parity)

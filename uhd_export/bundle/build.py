@@ -283,5 +283,6 @@ def _describe(source: str | Path, folder: Path, config: CheckpointConfig, option
 def _files(folder: Path, progress: bool) -> dict[str, FileRecord]:
     """The files in `folder` but the manifest, with their digests."""
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    with progress_bar("hashing", sum(path.stat().st_size for path in paths), show=progress) as bar:
+    size = sum(path.stat().st_size for path in paths)
+    with progress_bar("hashing", size, show=progress, nbytes=True) as bar:
         return {path.name: FileRecord(path.stat().st_size, hash_file(path, bar.advance)) for path in paths}

@@ -50,7 +50,7 @@ def check_bundle(
     folder = Path(bundle)
     manifest = read_manifest(folder)
     size = sum(record.bytes for record in manifest.files.values())
-    with progress_bar("hashing", size, show=progress) as bar:
+    with progress_bar("hashing", size, show=progress, nbytes=True) as bar:
         verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
     if checkpoint is not None:
         source: Path | None = source_folder(checkpoint)

@@ -79,24 +79,30 @@ def build(
     force: bool,
 ) -> None:
     """Build a bundle from CHECKPOINT: a folder, a Hugging Face hub id, or nano."""
-    from uhd_export.bundle.build import build_bundle
-    from uhd_export.calibration.data import calibration_images
-    from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
-    from uhd_export.runtime.units import format_bytes
+    from uhd_export.runtime.progress import overall_bar, status
+
+    with status("loading PyTorch"):  # which takes seconds
+        from uhd_export.bundle.build import build_bundle
+        from uhd_export.calibration.data import calibration_images
+        from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
+        from uhd_export.runtime.units import format_bytes
 
     quantize = _quantizer(source, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))
-    manifest = build_bundle(
-        source,
-        output,
-        options=options,
-        quantize=quantize,
-        images=lambda: calibration_images(calibration, _IMAGES),
-        verify=verify,
-        force=force,
-        progress=True,
-    )
+    # Graphs, embeddings and hashes; parity and its hashes; engines and theirs; GPTQ's own three.
+    stages = 4 + 2 * verify + 3 * (options.engines is not None) + 3 * (quantize is not None)
+    with overall_bar("build", stages):
+        manifest = build_bundle(
+            source,
+            output,
+            options=options,
+            quantize=quantize,
+            images=lambda: calibration_images(calibration, _IMAGES),
+            verify=verify,
+            force=force,
+            progress=True,
+        )
     print_parity(manifest.parity)
     click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
 

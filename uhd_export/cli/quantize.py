@@ -97,17 +97,21 @@ def quantize(source: str, output: Path, options: QuantizeOptions) -> None:
 
 def quantize_into(source: str, output: Path, options: QuantizeOptions, *, reuse: bool = False) -> None:
     """Quantize, telling what becomes of it; with `reuse` an `output` made of the same is taken as it is."""
-    from uhd_export.calibration.quantize import quantize as run
-    from uhd_export.runtime.terminal.quality_report import summary_lines
+    from uhd_export.runtime.progress import overall_bar, status
 
-    report = run(
-        source,
-        output,
-        options=options,
-        reuse=reuse,
-        progress=True,
-        say=lambda line: click.echo(line, err=True),
-    )
+    with status("loading PyTorch"):  # which takes seconds
+        from uhd_export.calibration.quantize import quantize as run
+        from uhd_export.runtime.terminal.quality_report import summary_lines
+
+    with overall_bar("quantize", 3):
+        report = run(
+            source,
+            output,
+            options=options,
+            reuse=reuse,
+            progress=True,
+            say=lambda line: click.echo(line, err=True),
+        )
     for line in summary_lines(report.to_json()):
         click.echo(line)
     whole = f"a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE` builds it"

@@ -1,0 +1,97 @@
+"""Bars: they end full, say bytes in their unit, and one command has one overall bar."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from uhd_export.runtime import progress
+from uhd_export.runtime.progress import overall_bar, progress_bar, seconds_left
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """What a terminal of 120 columns was sent."""
+    out = io.StringIO()
+    monkeypatch.setattr(
+        progress,
+        "Console",
+        lambda stderr: Console(file=out, force_terminal=True, width=120, color_system=None),
+    )
+    return out
+
+
+def last_line(screen):
+    """The last line that was drawn; escape codes that hide and show the cursor follow it."""
+    return [line for line in screen.getvalue().splitlines() if "/" in line][-1]
+
+
+def test_a_bar_ends_full(screen):
+    with progress_bar("steps") as bar:
+        bar.set(50, 51)
+    assert "51/51" in last_line(screen)
+
+
+def test_a_bar_that_failed_does_not(screen):
+    with pytest.raises(ValueError), progress_bar("steps") as bar:
+        bar.set(50, 51)
+        raise ValueError
+    assert "51/51" not in screen.getvalue() and "50/51" in screen.getvalue()
+
+
+def test_bytes_are_said_in_their_unit(screen):
+    with progress_bar("hashing", 200_000_000, nbytes=True) as bar:
+        bar.advance(50_000_000)
+    assert "200.00 MB of 200.00 MB" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "done", "total", "left"),
+    [
+        (10.0, 25, 100, 30.0),
+        (90.0, 90, 100, 10.0),
+        (1.0, 50, 100, None),
+        (10.0, 1, 100, None),
+        (10.0, 5, None, None),
+        (10.0, 100, 100, None),
+    ],
+)
+def test_time_left_is_of_the_mean_pace_or_not_said(elapsed, done, total, left):
+    assert seconds_left(elapsed, done, total) == left
+
+
+def test_stages_are_one_bar(screen):
+    with overall_bar("build", 2):
+        for name in ("vision", "language"):
+            with progress_bar(name) as bar:
+                bar.set(3, 9)
+            with overall_bar("quantize", 5):
+                pass  # a command within a command has no bar of its own
+    text = screen.getvalue()
+    assert "build: vision" in text and "build: language" in text and "quantize" not in text
+    last = last_line(screen)
+    assert "2/2" in last and "language" not in last, "a stage's bar stays behind"
+    assert progress._Overall.current is None
+
+
+def test_stages_that_nobody_foresaw_and_those_that_did_not_come(screen):
+    for expected, ran in ((1, 3), (5, 2)):
+        with overall_bar("build", expected):
+            for i in range(ran):
+                with progress_bar(f"stage {i}", 1):
+                    pass
+        assert f"{max(expected, ran)}/{max(expected, ran)}" in last_line(screen)
+
+
+def test_nothing_is_drawn_where_nobody_looks(capsys):
+    with overall_bar("build", 1), progress_bar("stage", 1) as bar:
+        bar.advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_after_an_error_the_next_command_has_its_own_bar(screen):
+    with pytest.raises(KeyboardInterrupt), overall_bar("build", 1), progress_bar("stage"):
+        raise KeyboardInterrupt
+    with progress_bar("alone", 1):
+        pass
+    assert "alone" in screen.getvalue() and "build: alone" not in screen.getvalue()
