@@ -90,7 +90,15 @@ def write_signed(folder, record):
     (folder / "manifest.json").write_text(json.dumps(record))
 
 
-class BundleFiles(Target):
+class Bundles(Target):
+    """Bundles that answer as long as nothing is damaged: else every refusal would be for another reason."""
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        answer(bundle)
+
+
+class BundleFiles(Bundles):
     """Files that are not what the manifest lists."""
 
     def try_one(self, random, scratch):
@@ -101,7 +109,7 @@ class BundleFiles(Target):
         assert damaged == data, f"{name} was damaged, and answered"
 
 
-class Manifests(Target):
+class Manifests(Bundles):
     """Manifests changed and signed anew."""
 
     def try_one(self, random, scratch):
@@ -116,7 +124,7 @@ class Manifests(Target):
         answer(folder)
 
 
-class Graphs(Target):
+class Graphs(Bundles):
     """Graphs of another interface, or damaged, in bundles that list them so."""
 
     def try_one(self, random, scratch):
