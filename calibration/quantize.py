@@ -1,5 +1,6 @@
 """Quantizing: from a checkpoint and image-question pairs to a GPTQ checkpoint with its report."""
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -103,10 +104,15 @@ def quantize(
     identity = _identity(folder, config, record, pairs, version)
     if present:
         report = _earlier_report(out, identity)
+        if any(
+            out.parent.glob(f".*{glob.escape(out.name)}.quantize*")
+        ):  # of a process killed at its very end
+            with output_errors(out), exclusive(work_folder(out)):
+                Work(work_folder(out)).remove()
         say(f"{out}: quantized before, taken as it is")
         return report
     require_memory(config, calibration, questions)
-    work = Work(out.with_name(f".{out.name}.quantize"))
+    work = Work(work_folder(out))
     raw = read_json(Path(options.reading.config) if options.reading.config else folder / "config.json")
     raw["quantization_config"] = quantization_config(gptq, version)
     with (
@@ -145,6 +151,11 @@ def quantize(
             draw_report(report, staging / QUALITY_CHART)
     work.remove()
     return report
+
+
+def work_folder(out: Path) -> Path:
+    """Where unfinished work on `out` is kept."""
+    return out.with_name(f".{out.name}.quantize")
 
 
 def _sequences(
