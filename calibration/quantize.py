@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -94,7 +95,7 @@ def quantize(
     if questions is None:
         questions = QUESTIONS if str(source) == NANO else 0
     settings = config.settings(options.images)
-    record = {
+    record: dict[str, Any] = {
         "gptq": asdict(gptq),
         "sequences": {name: getattr(calibration, name) for name in SEQUENCES},
         "images": asdict(settings),

@@ -32,7 +32,7 @@ def visible_sizes(context: int) -> list[int]:
 
     An engine has kernels for these sizes alone, and a CUDA graph for each that is met.
     """
-    sizes = []
+    sizes: list[int] = []
     while _LEAST_VISIBLE << len(sizes) < context:
         sizes.append(_LEAST_VISIBLE << len(sizes))
     return [*sizes, context]

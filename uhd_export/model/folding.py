@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from uhd_export.model.jbu import JbuStack
 from uhd_export.model.projector import LN_EPS, QUERY_SETS, HiwinProjector
 from uhd_export.model.vit import Geometry
 from uhd_export.plugins.jbu.reference import FIXUP
@@ -118,9 +119,9 @@ def _centred(projector: HiwinProjector, wide: dict[str, torch.Tensor], scale: in
     """A = [W b] minus its mean over the outputs, (D, C + 1); JBU's last fix-up folded in."""
     weight, bias = wide[f"features_{scale}x_projector.weight"], wide[f"features_{scale}x_projector.bias"]
     # Of the JBU's pyramid alone; others have no fix-up.
-    fixup_name = "upsampler.upsampler.fixup_proj.1.weight"
-    if scale > 1 and fixup_name in wide and scale == projector.upsampler.upsampler.scales[-1]:
-        fixup = wide[fixup_name].flatten(1)
+    pyramid = projector.upsampler.upsampler if scale > 1 else None
+    if isinstance(pyramid, JbuStack) and scale == pyramid.scales[-1]:
+        fixup = wide["upsampler.upsampler.fixup_proj.1.weight"].flatten(1)
         bias = bias + FIXUP * (weight @ wide["upsampler.upsampler.fixup_proj.1.bias"])
         weight = weight + FIXUP * (weight @ fixup)
     augmented = torch.cat([weight, bias[:, None]], 1)

@@ -71,7 +71,12 @@ class _Resampler(nn.Module):
         return keys.to(level.dtype), values.to(level.dtype)
 
 
-_PYRAMIDS = {"jbu": JbuStack, "bilinear": BilinearPyramid, "deconvolution": DeconvolutionPyramid}
+Pyramid = JbuStack | BilinearPyramid | DeconvolutionPyramid
+_PYRAMIDS: dict[str, type[Pyramid]] = {
+    "jbu": JbuStack,
+    "bilinear": BilinearPyramid,
+    "deconvolution": DeconvolutionPyramid,
+}
 
 
 class Upsampler(nn.Module):
@@ -79,7 +84,7 @@ class Upsampler(nn.Module):
 
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
-        self.upsampler = _PYRAMIDS[config.pyramid](config.vision_hidden, config.stages)
+        self.upsampler: Pyramid = _PYRAMIDS[config.pyramid](config.vision_hidden, config.stages)
 
 
 class HiwinProjector(_Resampler):

@@ -11,7 +11,7 @@ from torch import nn
 
 from uhd_export.checkpoint.config import CheckpointConfig, parse_config
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
-from uhd_export.model.jbu import matrices
+from uhd_export.model.jbu import JbuStack, matrices
 from uhd_export.model.language import LanguageModel, RMSNorm
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import Layer, VisionTower
@@ -105,6 +105,7 @@ def fresh_vision(config: CheckpointConfig) -> tuple[VisionTower, HiwinProjector]
         if name.endswith("x_embedding"):
             nn.init.normal_(parameter, std=0.02)
     stack = projector.upsampler.upsampler
+    assert isinstance(stack, JbuStack)  # nano's own
     for i in range(len(stack.scales)):
         stage = getattr(stack, f"up{i + 1}")
         nn.init.zeros_(stage.range_temp)

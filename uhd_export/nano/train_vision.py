@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from uhd_export.model.jbu import matrices
+from uhd_export.model.jbu import JbuStack, matrices
 from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import Geometry, VisionTower
 from uhd_export.nano.cards import DIGITS, NAMES, TRAIN_SEED
@@ -83,6 +83,7 @@ def crop_tokens(
     maps = {1: features}
     if len(levels) > 1:
         stack = projector.upsampler.upsampler
+        assert isinstance(stack, JbuStack)  # nano's own
         maps.update({s: m for s, m in pyramid(stack, features.detach(), pixels, geometry).items() if s > 1})
         weight, bias = matrices(stack.fixup_proj, 1)
         maps[levels[-1]] = maps[levels[-1]] + FIXUP * F.linear(maps[levels[-1]], weight, bias)

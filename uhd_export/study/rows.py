@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from uhd_export.runtime.config import OFFICIAL, ModelConfig, official
 from uhd_export.runtime.errors import UhdError
@@ -42,7 +43,7 @@ def study_rows(study: str, model: str | ModelConfig = "Vicuna-7B") -> list[Row]:
     return {"table2": _table2, "table3": _table3, "table4": _table4, "table6": _table6}[study](base)
 
 
-def _with(model: ModelConfig, **changes: object) -> ModelConfig:
+def _with(model: ModelConfig, **changes: Any) -> ModelConfig:
     return replace(model, projector=replace(model.projector, **changes))
 
 
