@@ -20,6 +20,7 @@ from uhd_export.runtime.language.decoder import (
     ROWS,
     SEQUENCE_LENGTHS,
     TOTAL_LENGTH,
+    VISIBLE,
     WRITE_INDEX,
 )
 from uhd_export.runtime.language.embeddings import EmbeddingTable
@@ -74,6 +75,7 @@ def check_language(engine: Engine, manifest: Manifest) -> None:
     inputs = {EMBEDS: TensorInfo(float_type, (rows, FREE, language.hidden))}
     if WRITE_INDEX in engine.inputs:
         inputs[WRITE_INDEX] = TensorInfo(np.dtype(np.int64), (1,))
+        inputs[VISIBLE] = TensorInfo(np.dtype(np.bool_), (FREE,))
     else:
         inputs[SEQUENCE_LENGTHS] = TensorInfo(np.dtype(np.int32), (rows,))
         inputs[TOTAL_LENGTH] = TensorInfo(np.dtype(np.int32), ())

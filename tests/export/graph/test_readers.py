@@ -47,7 +47,10 @@ def checked(path):
 def test_the_vision_graph_passes_the_checker(config, golden_checkpoint, tmp_path, fold, dtype):
     path = emit(config, golden_checkpoint, tmp_path / "vision.onnx", fold=fold, dtype=dtype)
     _, metadata = checked(path)
-    assert metadata == {"dtype": dtype, "projector": "hiwin", "levels": "1,2,4", "folded": str(fold).lower()}
+    assert metadata == {
+        **{"dtype": dtype, "projector": "hiwin", "pyramid": "jbu", "levels": "1,2,4"},
+        "folded": str(fold).lower(),
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
