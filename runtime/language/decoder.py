@@ -122,12 +122,13 @@ class Decoder:
 
     def _run(self, embeds: NDArray[Any], stop: Stop | None) -> NDArray[Any]:
         past, total = self.length, self.length + embeds.shape[1]
-        positions = {
+        positions: dict[str, NDArray[Any]] = {
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
             TOTAL_LENGTH: np.array(total, np.int32),
             WRITE_INDEX: np.array([past], np.int64),
-            VISIBLE: visible(total, self._capacity),
         }
+        if VISIBLE in self._positions:
+            positions[VISIBLE] = visible(total, self._capacity)
         feeds: dict[str, Array] = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
         logits = check_finite(self._cache.infer(feeds, stop)[LOGITS].reshape(-1))
         self.length = total
