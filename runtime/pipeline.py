@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,17 @@ class Keep(Enum):
 
 
 KEEP = Keep.KEEP
+
+
+class AnswerOptions(TypedDict, total=False):
+    """The keywords of `Pipeline.generate`."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    markup: bool
 
 
 class Pipeline:
@@ -221,30 +232,9 @@ class Pipeline:
             sequence = self.sequence(images, prompt)
         return self.generator.answer(sequence, max_new_tokens, sampling, watch)
 
-    def answer(
-        self,
-        image: Images,
-        question: str,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        markup: bool = False,
-    ) -> str:
-        """The whole answer to `question` as one text; see `generate`."""
-        pieces = self.generate(
-            image,
-            question,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            markup=markup,
-        )
-        return "".join(pieces)
+    def answer(self, image: Images, question: str, **options: Unpack[AnswerOptions]) -> str:
+        """The whole answer to `question` as one text; options as of `generate`."""
+        return "".join(self.generate(image, question, **options))
 
     def converse(self, image: Images) -> Conversation:
         """A conversation about one or several images, each question following the last answer."""
