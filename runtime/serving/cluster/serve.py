@@ -110,10 +110,10 @@ class Door:
 
     async def __call__(self, request: Request) -> Response:
         """The replica's answer; 503 where none is left to give one."""
-        body = bytearray()
+        sent = bytearray()
         async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_bytes:
+            sent += piece
+            if len(sent) > self._max_bytes:
                 text = f"the body has more than {self._max_bytes / 2**20:g} MiB; send smaller or fewer images"
                 return JSONResponse(problem(text, 413), 413)
         call = HttpCall(
@@ -122,32 +122,35 @@ class Door:
             request.url.query.encode(),
             tuple(request.headers.raw),
             (request.client.host, request.client.port) if request.client else None,
-            bytes(body),
+            bytes(sent),
         )
         for _ in range(_ATTEMPTS):
             messages = self._send(call)
             try:
                 first = await anext(messages)
+                headers = {
+                    name.decode("latin-1"): value.decode("latin-1") for name, value in first["headers"]
+                }
+                if headers.get("content-type", "").startswith("text/event-stream"):
+                    return StreamingResponse(_events(messages), first["status"], headers)
+                body = b"".join([message.get("body", b"") async for message in messages])
+                return Response(body, first["status"], headers)
             except (RayError, RayServeException, StopAsyncIteration):
-                continue  # it died before it answered: another may
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in first["headers"]}
-            return StreamingResponse(_rest(messages, headers), first["status"], headers)
+                continue  # it died before anything was passed on: another may answer
         return JSONResponse(problem("no replica could answer; try again", 503), 503, {"Retry-After": "5"})
 
     def _send(self, call: HttpCall) -> AsyncIterator[Message]:
         handle = self._replicas.options(stream=True, multiplexed_model_id=image_key(call.body))
-        sent: AsyncIterator[Message] = handle.call.remote(call)
-        return aiter(sent)
+        answer: AsyncIterator[Message] = handle.call.remote(call)
+        return aiter(answer)
 
 
-async def _rest(messages: AsyncIterator[Message], headers: dict[str, str]) -> AsyncIterator[bytes]:
+async def _events(messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:
     """The body; where the replica dies in the middle of a stream, an event says so."""
     try:
         async for message in messages:
             yield message.get("body", b"")
     except (RayError, RayServeException):
-        if not headers.get("content-type", "").startswith("text/event-stream"):
-            raise
         text = problem("the replica was lost; ask again", 503)
         yield f"data: {json.dumps(text)}\n\ndata: [DONE]\n\n".encode()
 
