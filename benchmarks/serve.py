@@ -54,11 +54,11 @@ def run_wide(folder: Path, slots: int, threads: int, rounds: int) -> list[dict]:
     from uhd_export.runtime.language.embeddings import EmbeddingTable
     from uhd_export.runtime.language.prompt import load_tokenizer
     from uhd_export.runtime.language.sequence import PromptSequence
-    from uhd_export.runtime.serving.images import EncodedImages
-    from uhd_export.runtime.serving.request import Request
-    from uhd_export.runtime.serving.rows import Rows
-    from uhd_export.runtime.serving.scheduler import Limits, Scheduler
-    from uhd_export.runtime.serving.vision import VisionWorker
+    from uhd_export.runtime.serving.cache.rows import Rows
+    from uhd_export.runtime.serving.images.encoded import EncodedImages
+    from uhd_export.runtime.serving.images.worker import VisionWorker
+    from uhd_export.runtime.serving.scheduling.request import Request
+    from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 
     tokenizer = load_tokenizer(EMBEDDED / "tokenizer.json")
     found = []

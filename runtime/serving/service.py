@@ -19,15 +19,16 @@ from uhd_export.runtime.language.prompt import load_tokenizer
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 from uhd_export.runtime.memory import available_memory
 from uhd_export.runtime.pipeline import KEEP, configured
-from uhd_export.runtime.serving.choice import Choosing
+from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
-from uhd_export.runtime.serving.grammar import Grammar, Grammars
-from uhd_export.runtime.serving.images import EncodedImages, ImageCutter
+from uhd_export.runtime.serving.images.cutting import ImageCutter
+from uhd_export.runtime.serving.images.encoded import EncodedImages
+from uhd_export.runtime.serving.images.worker import VisionWorker
 from uhd_export.runtime.serving.memory import plan_memory
-from uhd_export.runtime.serving.request import AnswerStream, Request
-from uhd_export.runtime.serving.rows import Rows
-from uhd_export.runtime.serving.scheduler import Limits, Scheduler
-from uhd_export.runtime.serving.vision import VisionWorker
+from uhd_export.runtime.serving.sampling.choice import Choosing
+from uhd_export.runtime.serving.sampling.grammar import Grammar, Grammars
+from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request
+from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 from uhd_export.runtime.settings import Settings
 
 

@@ -41,6 +41,15 @@ INSIDE = {
         ("uhd_export",),
     ),
 }
+# Inside serving, the largest of them, likewise.
+SERVING = (
+    ("sampling", "images", "cache"),
+    ("scheduling",),
+    ("service",),
+    ("batch",),
+    ("evaluation", "http"),
+    ("cluster",),
+)
 # One place in two: a pipeline and its conversations; the sizes of a model and the geometry they give.
 TOGETHER = ({"pipeline", "conversation"}, {"image", "config"})
 MOST_LINES, MOST_PARAMETERS = 350, 9
@@ -96,6 +105,29 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_imports_run_one_way():
     assert wrong_ways(import_graph()) == []
+
+
+def serving_ways(graph: dict[str, set[str]]) -> list[str]:
+    """The imports of `graph` inside serving that climb, or go to another place of the same height."""
+    inside = "uhd_export.runtime.serving."
+    height = {name: number for number, row in enumerate(SERVING, 1) for name in row}
+    found = []
+    for module, targets in graph.items():
+        here = module.removeprefix(inside).partition(".")[0]
+        for target in sorted(targets if module.startswith(inside) else ()):
+            there = target.removeprefix(inside).partition(".")[0]
+            climbs = height.get(here, 0) <= height.get(there, 0) > 0 and here != there
+            if target.startswith(inside) and climbs:
+                found.append(f"{module} -> {target}")
+    return found
+
+
+def test_imports_run_one_way_inside_serving():
+    assert serving_ways(import_graph()) == []
+    places = {name.split(".")[3] for name in modules() if name.startswith("uhd_export.runtime.serving.")}
+    assert {name for row in SERVING for name in row} <= places
+    wrong = {"uhd_export.runtime.serving.cache.rows": {"uhd_export.runtime.serving.service"}}
+    assert len(serving_ways(wrong)) == 1
 
 
 def test_no_circle_of_files():

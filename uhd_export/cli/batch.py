@@ -10,7 +10,7 @@ from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipe
 from uhd_export.cli.serving import SlotOptions, slot_options
 
 if TYPE_CHECKING:
-    from uhd_export.runtime.serving.batch import BatchOptions, BatchResult
+    from uhd_export.runtime.serving.batch.file import BatchOptions, BatchResult
 
 _PATH = click.Path(path_type=Path)
 
@@ -42,7 +42,7 @@ def batch(
 ) -> None:
     """Answer the JSONL file QUESTIONS, all slots busy; given again, it goes on where it stopped."""
     from uhd_export.runtime.progress import progress_bar
-    from uhd_export.runtime.serving.batch import BatchOptions, answer_file
+    from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file
 
     options = BatchOptions(max_tokens=tokens, image_root=image_root, retry=retry)
     if cluster is not None:
@@ -69,7 +69,7 @@ def _on_cluster(
     from uhd_export.runtime.bundle.manifest import read_manifest
     from uhd_export.runtime.pipeline import KEEP, configured
     from uhd_export.runtime.progress import progress_bar
-    from uhd_export.runtime.serving.batch import run_digest, write_answers
+    from uhd_export.runtime.serving.batch.file import run_digest, write_answers
     from uhd_export.runtime.serving.cluster.batch import WorkerOptions, cluster_results
 
     manifest, bundle, questions = read_manifest(bundle), bundle.resolve(), questions.resolve()

@@ -34,7 +34,7 @@ class SlotOptions:
     def open(self, bundle: Path, opening: "PipelineOptions") -> "Service":
         """A service of `bundle`."""
         from uhd_export.runtime.progress import status
-        from uhd_export.runtime.serving.scheduler import Limits
+        from uhd_export.runtime.serving.scheduling.scheduler import Limits
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
         limits = Limits(waiting=self.waiting or 2 * self.slots)

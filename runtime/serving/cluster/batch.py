@@ -11,7 +11,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from uhd_export.runtime.serving.batch import BatchOptions, Line, Results, answer_lines
+from uhd_export.runtime.serving.batch.file import BatchOptions, Line, Results, answer_lines
 from uhd_export.runtime.serving.service import Service
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair
-from uhd_export.runtime.serving.choice import Choosing
+from uhd_export.runtime.serving.batch.work import Failed, all_busy, answer_pair
 from uhd_export.runtime.serving.evaluation.scores import MEASURES
 from uhd_export.runtime.serving.evaluation.statistics import Estimate, estimate, paired
+from uhd_export.runtime.serving.sampling.choice import Choosing
 from uhd_export.runtime.serving.service import Service
-from uhd_export.runtime.serving.work import Failed, all_busy, answer_pair
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.serving.choice import Choosing, Chosen
 from uhd_export.runtime.serving.dialogue import Message
-from uhd_export.runtime.serving.grammar import ANY_JSON
 from uhd_export.runtime.serving.http.schema import (
     ChatMessage,
     ChatRequest,
@@ -20,7 +18,9 @@ from uhd_export.runtime.serving.http.schema import (
     SchemaFormat,
     TextPart,
 )
-from uhd_export.runtime.serving.request import Piece, Summary
+from uhd_export.runtime.serving.sampling.choice import Choosing, Chosen
+from uhd_export.runtime.serving.sampling.grammar import ANY_JSON
+from uhd_export.runtime.serving.scheduling.request import Piece, Summary
 from uhd_export.runtime.settings import Sampling
 
 FINISH = {"stop": "stop", "length": "length", "context": "length"}

@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from uhd_export.runtime.errors import UhdError, explain
-from uhd_export.runtime.serving.queue import Busy
-from uhd_export.runtime.serving.scheduler import Closed
+from uhd_export.runtime.serving.scheduling.queue import Busy
+from uhd_export.runtime.serving.scheduling.scheduler import Closed
 
 ENDS = {
     "deadline": (504, "the time for this request is over; ask for fewer tokens"),

@@ -13,8 +13,8 @@ from uhd_export.runtime.image.fetch import Fetcher, FetchLimits
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http import chat
 from uhd_export.runtime.serving.http.schema import ChatMessage, ChatRequest
-from uhd_export.runtime.serving.images import read_image
-from uhd_export.runtime.serving.request import Request
+from uhd_export.runtime.serving.images.cutting import read_image
+from uhd_export.runtime.serving.scheduling.request import Request
 from uhd_export.runtime.serving.service import Service
 
 T = TypeVar("T")

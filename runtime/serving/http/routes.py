@@ -22,7 +22,7 @@ from uhd_export.runtime.serving.http.schema import (
     TokenizeAnswer,
     TokenizeRequest,
 )
-from uhd_export.runtime.serving.request import AnswerStream
+from uhd_export.runtime.serving.scheduling.request import AnswerStream
 
 router = APIRouter()
 

@@ -9,9 +9,9 @@ import triton_python_backend_utils as pb_utils
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.serving.dialogue import Message
-from uhd_export.runtime.serving.images import read_image
-from uhd_export.runtime.serving.queue import Busy
-from uhd_export.runtime.serving.scheduler import Closed
+from uhd_export.runtime.serving.images.cutting import read_image
+from uhd_export.runtime.serving.scheduling.queue import Busy
+from uhd_export.runtime.serving.scheduling.scheduler import Closed
 from uhd_export.runtime.serving.service import Service, ServiceOptions
 
 _MOST_PIXELS = 100_000_000

@@ -11,7 +11,7 @@ from support.requests import about, data_uri
 from uhd_export.runtime.language.prompt import encode_parts, encode_question
 from uhd_export.runtime.serving.http.app import create_app
 from uhd_export.runtime.serving.http.front import HttpOptions
-from uhd_export.runtime.serving.scheduler import Limits
+from uhd_export.runtime.serving.scheduling.scheduler import Limits
 from uhd_export.runtime.settings import Sampling
 
 

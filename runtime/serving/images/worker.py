@@ -9,7 +9,7 @@ from collections.abc import Callable
 from uhd_export.runtime.engines.base import Array, Stop, Stopped
 from uhd_export.runtime.image.encoder import MAX_BATCH, TOKENS, VisionEncoder
 from uhd_export.runtime.image.pixels import normalise_batch
-from uhd_export.runtime.serving.images import CutImage
+from uhd_export.runtime.serving.images.cutting import CutImage
 
 log = logging.getLogger(__name__)
 

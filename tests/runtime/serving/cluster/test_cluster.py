@@ -96,7 +96,7 @@ def test_the_cluster(client, cards):
 
 @pytest.mark.slow
 def test_a_file_of_questions_over_two_workers(cluster, nano_bundle, cards, tmp_path):
-    from uhd_export.runtime.serving.batch import BatchOptions, write_answers
+    from uhd_export.runtime.serving.batch.file import BatchOptions, write_answers
     from uhd_export.runtime.serving.cluster.batch import WorkerOptions, cluster_results
 
     image, question, code = cards[0]

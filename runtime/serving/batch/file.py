@@ -12,9 +12,9 @@ from uhd_export.runtime.bundle.manifest import Manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.json_files import parse_json
 from uhd_export.runtime.language.pairs import numbered_lines, parse_pair
-from uhd_export.runtime.serving.choice import Choosing
+from uhd_export.runtime.serving.batch.work import Answered, Failed, all_busy, answer_pair
+from uhd_export.runtime.serving.sampling.choice import Choosing
 from uhd_export.runtime.serving.service import Service
-from uhd_export.runtime.serving.work import Answered, Failed, all_busy, answer_pair
 from uhd_export.runtime.settings import Settings
 
 

@@ -14,7 +14,7 @@ from support.live_server import live
 from support.requests import data_uri
 
 from uhd_export.runtime.serving.http.front import HttpOptions
-from uhd_export.runtime.serving.scheduler import Limits
+from uhd_export.runtime.serving.scheduling.scheduler import Limits
 
 REQUESTS, CALLERS = 2000, 12
 

@@ -7,11 +7,11 @@ from typing import Any
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from uhd_export.runtime.serving.choice import Chooser, Chosen
-from uhd_export.runtime.serving.request import AnswerStream, Piece, Request
-from uhd_export.runtime.serving.slots import Slot
-from uhd_export.runtime.serving.text import StoppableText
-from uhd_export.runtime.serving.vision import Encoding
+from uhd_export.runtime.serving.cache.slots import Slot
+from uhd_export.runtime.serving.images.worker import Encoding
+from uhd_export.runtime.serving.sampling.choice import Chooser, Chosen
+from uhd_export.runtime.serving.sampling.text import StoppableText
+from uhd_export.runtime.serving.scheduling.request import AnswerStream, Piece, Request
 
 # An answer whose reader has so many pieces to read is not continued until some are read.
 MOST_PENDING = 64

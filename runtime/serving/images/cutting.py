@@ -1,9 +1,7 @@
-"""Images on their way: bytes from strangers, cut for the vision engine, and encoded, kept by content."""
+"""Images on their way: bytes from strangers, cut for the vision engine."""
 
 import dataclasses
-import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from uhd_export.runtime.engines.base import Array
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.source import from_bytes
 from uhd_export.runtime.language.sequence import PlannedImage, plan_image
+from uhd_export.runtime.serving.images.encoded import EncodedImages
 from uhd_export.runtime.settings import Settings
 
 # What Pillow may try: not its readers that start other programs or were never meant for strangers' files.
@@ -34,36 +33,6 @@ class CutImage:
 def read_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """The RGB image in `data`. Raises UhdError where it is none or larger, before its pixels are made."""
     return from_bytes(data, formats=FORMATS, max_pixels=max_pixels)
-
-
-class EncodedImages:
-    """Embeddings of images by digest, within `budget` bytes: the ones not used for longest go first."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.nbytes = 0
-        self._rows: OrderedDict[str, Array] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, digest: str) -> Array | None:
-        """(positions, D) embeddings of an image, or None where they are not here."""
-        with self._lock:
-            if digest in self._rows:
-                self._rows.move_to_end(digest)
-            return self._rows.get(digest)
-
-    def put(self, digest: str, rows: Array) -> None:
-        """Keep `rows`, unless they alone are over the budget."""
-        with self._lock:
-            if digest in self._rows or rows.nbytes > self.budget:
-                return
-            self._rows[digest] = rows
-            self.nbytes += rows.nbytes
-            while self.nbytes > self.budget:
-                self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
 
 class ImageCutter:

@@ -19,13 +19,14 @@ from uhd_export.runtime.engines.base import Array, Engine, Stop, Stopped
 from uhd_export.runtime.language.decoder import EMBEDS, check_finite
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.sequence import PlannedImage, place
-from uhd_export.runtime.serving.generation import Generation
-from uhd_export.runtime.serving.images import CutImage, EncodedImages
-from uhd_export.runtime.serving.queue import Busy, FairQueue
-from uhd_export.runtime.serving.request import AnswerStream, Request, Summary
-from uhd_export.runtime.serving.rows import Rows
-from uhd_export.runtime.serving.slots import Slots
-from uhd_export.runtime.serving.vision import VisionWorker
+from uhd_export.runtime.serving.cache.rows import Rows
+from uhd_export.runtime.serving.cache.slots import Slots
+from uhd_export.runtime.serving.images.cutting import CutImage
+from uhd_export.runtime.serving.images.encoded import EncodedImages
+from uhd_export.runtime.serving.images.worker import VisionWorker
+from uhd_export.runtime.serving.scheduling.generation import Generation
+from uhd_export.runtime.serving.scheduling.queue import Busy, FairQueue
+from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request, Summary
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.serving.batch import BatchOptions, answer_file
+from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from uhd_export.runtime.language.sequence import PromptSequence
-from uhd_export.runtime.serving.choice import Choosing, Chosen
-from uhd_export.runtime.serving.grammar import Grammar
-from uhd_export.runtime.serving.images import CutImage
+from uhd_export.runtime.serving.images.cutting import CutImage
+from uhd_export.runtime.serving.sampling.choice import Choosing, Chosen
+from uhd_export.runtime.serving.sampling.grammar import Grammar
 
 
 @dataclass(frozen=True)

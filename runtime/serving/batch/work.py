@@ -9,9 +9,9 @@ from uhd_export.runtime.errors import UhdError, explain
 from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language.pairs import Pair
 from uhd_export.runtime.language.prompt import IMAGE
-from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.dialogue import Message
-from uhd_export.runtime.serving.request import Request, Summary
+from uhd_export.runtime.serving.sampling.choice import Choosing
+from uhd_export.runtime.serving.scheduling.request import Request, Summary
 from uhd_export.runtime.serving.service import Service
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from uhd_export.graph.language import emit_language
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.base import Stop, Stopped
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.serving.rows import Rows
+from uhd_export.runtime.serving.cache.rows import Rows
 
 
 @pytest.fixture(params=[(case, dialect) for case in MODELS for dialect in ("onnxruntime", "tensorrt")])

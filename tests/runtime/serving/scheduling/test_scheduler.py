@@ -8,10 +8,10 @@ import pytest
 from golden import recipe
 
 from uhd_export.runtime import Pipeline
-from uhd_export.runtime.serving.choice import Choosing
 from uhd_export.runtime.serving.dialogue import Message
-from uhd_export.runtime.serving.queue import Busy
-from uhd_export.runtime.serving.scheduler import Closed, Limits
+from uhd_export.runtime.serving.sampling.choice import Choosing
+from uhd_export.runtime.serving.scheduling.queue import Busy
+from uhd_export.runtime.serving.scheduling.scheduler import Closed, Limits
 from uhd_export.runtime.settings import Sampling
 
 

@@ -1,0 +1,1 @@
+"""One key-value cache of several rows, and which request has which row."""

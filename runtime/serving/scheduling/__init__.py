@@ -1,0 +1,1 @@
+"""Many requests, one language engine: who waits, who runs, and what comes back."""
