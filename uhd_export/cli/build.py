@@ -23,6 +23,7 @@ from uhd_export.cli.options import (
     source_options,
     weight_options,
 )
+from uhd_export.cli.preset import preset_notes, preset_option
 from uhd_export.cli.quantize import quantize_into
 from uhd_export.graph.int8.options import VISION_WEIGHTS
 from uhd_export.runtime.choices import DTYPES
@@ -41,6 +42,7 @@ _IMAGES = 4
 @option("--force", is_flag=True, help="Replace an existing bundle.", section=OUTPUT)
 @source_options
 @image_options
+@preset_option
 @weight_options
 @concern("calibration", CalibrationOptions, *calibration_options)
 @engine_options
@@ -75,6 +77,7 @@ def build(
     output: Path,
     options: BuildOptions,
     calibration: CalibrationOptions,
+    preset: str | None,
     verify: bool,
     force: bool,
 ) -> None:
@@ -87,6 +90,8 @@ def build(
         from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
         from uhd_export.runtime.units import format_bytes
 
+    for note in preset_notes(click.get_current_context(), preset) if preset else ():
+        click.echo(note, err=True)
     quantize = _quantizer(source, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))

@@ -1,0 +1,66 @@
+"""--preset through the command line: what it chooses, what overrides it, what a backend cannot have."""
+
+import pytest
+from click.testing import CliRunner
+
+from uhd_export.bundle.presets import PRESETS
+from uhd_export.cli.main import main
+from uhd_export.runtime.errors import UhdError
+
+
+@pytest.fixture
+def options(monkeypatch, tmp_path):
+    """The BuildOptions that `build nano` with further arguments arrives at, and what it says."""
+    seen = []
+
+    def build_bundle(source, out, *, options, **rest):
+        seen.append(options)
+        raise UhdError("enough")
+
+    monkeypatch.setattr("uhd_export.bundle.build.build_bundle", build_bundle)
+
+    def run(*arguments):
+        result = CliRunner().invoke(main, ["build", "nano", "-o", str(tmp_path / "out"), *arguments])
+        return seen[-1], result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_default_of_other_options(options, name):
+    expected = PRESETS[name].options()
+    assert options("--preset", name)[0] == expected
+    explicit = (f"--weights={expected.weights.weights}", f"--lm-head={expected.weights.lm_head}")
+    explicit += (f"--vision-weights={expected.vision_weights}", f"--dtype={expected.precision}")
+    assert options(*explicit)[0].weights == expected.weights
+    assert len({preset.options() for preset in PRESETS.values()}) == len(PRESETS)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_explicit_options_go_before_a_preset(options, last):
+    explicit = ["--weights", "int4-rtn", "--lm-head", "int8"]
+    arguments = ["--preset", "small", *explicit] if last else [*explicit, "--preset", "small"]
+    chosen, said = options(*arguments)
+    assert (chosen.weights.weights, chosen.weights.lm_head) == ("int4-rtn", "int8")
+    assert chosen.vision_weights == PRESETS["small"].vision_weights
+    assert "--preset" not in said
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_what_a_backend_cannot_have_is_float16_and_said(options, last):
+    for explicit, field, reason in (
+        (["--dtype", "float16"], "vision_weights", "ONNX Runtime's 8-bit vision wants float32 activations"),
+        (["--backend", "tensorrt-rtx"], "lm_head", "tensorrt-rtx has no 8-bit head"),
+    ):
+        preset = ["--preset", "balanced"]
+        chosen, said = options(*(preset + explicit if last else explicit + preset))
+        assert (getattr(chosen, field, None) or getattr(chosen.weights, field)) == "dense"
+        assert chosen.precision == "float16"
+        assert f"--preset balanced: {reason}; it is float16" in said
+    _, said = options("--preset", "balanced", "--backend", "tensorrt-rtx", "--lm-head", "dense")
+    assert "8-bit head" not in said
+
+
+def test_an_unknown_preset_is_refused():
+    result = CliRunner().invoke(main, ["build", "nano", "-o", "out", "--preset", "tiny"])
+    assert result.exit_code == 2 and "'tiny' is not one of 'exact', 'balanced', 'small'" in result.stderr

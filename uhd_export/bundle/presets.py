@@ -1,0 +1,41 @@
+"""Presets: options of a bundle that belong together; what is asked for explicitly goes before them."""
+
+from dataclasses import dataclass, replace
+
+from uhd_export.bundle.options import BuildOptions
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.runtime.choices import ENGINE_BACKENDS
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Fields of WeightOptions and BuildOptions. `dtype` None is the backend's own."""
+
+    weights: str
+    lm_head: str
+    vision_weights: str
+    dtype: str | None = None
+
+    def options(self) -> BuildOptions:
+        """A build for ONNX Runtime with these and otherwise default options."""
+        weights = WeightOptions(weights=self.weights, lm_head=self.lm_head)
+        return BuildOptions(weights=weights, vision_weights=self.vision_weights, dtype=self.dtype)
+
+
+PRESETS = {
+    "exact": Preset("dense", "dense", "dense", "float32"),
+    "balanced": Preset("int4", "int8", "int8"),
+    "small": Preset("int4", "int4", "int8"),
+}
+
+
+def adapted(name: str, backend: str, dtype: str | None = None) -> tuple[Preset, dict[str, str]]:
+    """Preset `name` as `backend` runs it with `dtype`, and for fields that it has to change, why."""
+    preset, reasons = PRESETS[name], {}
+    if backend in ENGINE_BACKENDS and preset.lm_head == "int8":
+        preset = replace(preset, lm_head="dense")
+        reasons["lm_head"] = f"{backend} has no 8-bit head; it is float16"
+    if backend not in ENGINE_BACKENDS and dtype == "float16" and preset.vision_weights == "int8":
+        preset = replace(preset, vision_weights="dense")
+        reasons["vision_weights"] = "ONNX Runtime's 8-bit vision wants float32 activations; it is float16"
+    return preset, reasons
