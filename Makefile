@@ -67,7 +67,7 @@ lint: $(READY)
 	@echo "==> mypy"
 	@rm -rf $(LINKS) && mkdir -p $(LINKS)/uhd_export
 	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(LINKS)/uhd_export
-	@cd $(LINKS) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python
+	@cd $(LINKS) && $(CURDIR)/$(BIN)/mypy --cache-dir $(CURDIR)/.mypy_cache --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python
 
 # Longer than the campaign among the tests: SEED chooses the cases, KIND one kind of input.
 fuzz: $(READY)
