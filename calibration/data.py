@@ -1,14 +1,10 @@
 """Image-question pairs drawn by the embedded model's own generator, and pairs without doubles."""
 
-from collections.abc import Iterator
-
 import numpy as np
-from PIL import Image
 
 from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.nano.cards import make_card_image
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language.pairs import Pair, Turn, read_pairs
 
 # The embedded model trains on set 1 and is evaluated on set 2; 3 are its sample images.
@@ -26,18 +22,15 @@ def card_pairs(count: int, seed: int) -> list[Pair]:
     return pairs
 
 
-def calibration_images(options: CalibrationOptions, count: int) -> Iterator[Image.Image]:
-    """The first images of `count` pairs, RGB, chosen by the seed, from the data or drawn."""
+def calibration_pairs(options: CalibrationOptions, count: int) -> list[Pair]:
+    """`count` pairs that have images, chosen by the seed, from the data or drawn."""
     if options.data is None:
-        pairs = card_pairs(count, options.seed)
-    else:
-        pairs = [pair for pair in read_pairs(options.data, options.image_root) if pair.images]
-        if not pairs:
-            raise UhdError(f"{options.data}: holds no image to calibrate on")
-        order = np.random.default_rng(options.seed).permutation(len(pairs))
-        pairs = [pairs[index] for index in order[:count]]
-    for pair in pairs:
-        yield open_image(pair.images[0])
+        return card_pairs(count, options.seed)
+    pairs = [pair for pair in read_pairs(options.data, options.image_root) if pair.images]
+    if not pairs:
+        raise UhdError(f"{options.data}: holds no image to calibrate on")
+    order = np.random.default_rng(options.seed).permutation(len(pairs))
+    return [pairs[index] for index in order[:count]]
 
 
 def without_duplicates(pairs: list[Pair]) -> list[Pair]:

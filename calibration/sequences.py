@@ -16,8 +16,7 @@ from uhd_export.model.reference import VisionReference, embedding_rows, referenc
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.source import open_image
-from uhd_export.runtime.language import prompt as prompts
-from uhd_export.runtime.language.pairs import Pair
+from uhd_export.runtime.language.pairs import Pair, conversation_ids
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
 from uhd_export.runtime.settings import Settings
 
@@ -39,25 +38,6 @@ class Sequences:
     calibration: Activations
     held_out: Activations
     judged: tuple[int, ...]
-
-
-def conversation_ids(
-    tokenizer: Tokenizer, pair: Pair, template: str, eos: int | None
-) -> tuple[list[int], int]:
-    """Token ids of the whole conversation, IMAGE_ID in place, and how many of them are its first prompt."""
-    prefix = prompts.opening(tokenizer)
-    first = prompts.render(pair.turns[0].question, template, len(pair.images))
-    ids = prompts.encode(tokenizer, first)
-    prompt = len(ids)
-    for index, turn in enumerate(pair.turns):
-        if index:
-            further = prompts.FOLLOW_UPS[template].replace("{question}", turn.question)
-            ids += prompts.encode(tokenizer, further)[len(prefix) :]
-        if turn.answer is not None:
-            ids += tokenizer.encode(turn.answer, add_special_tokens=False).ids
-    if eos is not None and pair.turns[-1].answer is not None:
-        ids.append(eos)
-    return ids, prompt
 
 
 def choose(pairs: list[Pair], options: CalibrationOptions) -> Iterable[Pair]:

@@ -17,7 +17,7 @@ PLUGIN_DOMAIN = "uhd"
 CONTRIB_DOMAIN = "com.microsoft"
 
 Dim = int | str
-Attribute = str | int | float | Sequence[int] | Sequence[float]
+Attribute = str | int | float | Sequence[int] | Sequence[float] | ir.Graph
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
@@ -46,6 +46,7 @@ class GraphBuilder:
         self._functions: dict[str, ir.Function] = {}
         self._domains: dict[str, int] = {"": opset}
         self._scope = ""
+        self._in_branch = False
 
     def input(
         self, name: str, dtype: ir.DataType | None = None, shape: Sequence[Dim] | None = None
@@ -134,6 +135,9 @@ class GraphBuilder:
             self._domains.setdefault(domain, 1)
         name = name or f"{self._scope}{op_type}_{len(self._nodes)}"
         node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name)
+        if self._in_branch:  # a name of its own: a branch must not hide what is outside of it
+            for index, value in enumerate(node.outputs):
+                value.name = f"{name}:{index}"
         self._nodes.append(node)
         return tuple(node.outputs)
 
@@ -143,6 +147,20 @@ class GraphBuilder:
         outer, self._scope = self._scope, f"{self._scope}{name}/"
         yield
         self._scope = outer
+
+    def branch(self, name: str, make: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        """A branch of an If: the nodes that `make` adds, whose result are its outputs.
+
+        It reads values from outside as they are; its constants and weights belong to the whole graph.
+        """
+        outer, self._nodes = self._nodes, []
+        self._in_branch = True
+        try:
+            with self.scope(name):
+                outputs = make()
+            return ir.Graph([], outputs, nodes=self._nodes, name=name)
+        finally:
+            self._nodes, self._in_branch = outer, False
 
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         """Reshape to constant `shape`; 0 keeps an axis and -1 is inferred."""

@@ -10,6 +10,8 @@ PYRAMIDS = ("jbu", "bilinear", "deconvolution")
 """How the feature maps of higher levels are made; official checkpoints have the first."""
 ROI_ROUNDINGS = ("exact", "bf16")
 DTYPES = ("float32", "float16")
+CACHES = (*DTYPES, "int8")
+"""Types of keys and values."""
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 """Those that run engines of their own; "onnxruntime" runs the graphs."""
 BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)

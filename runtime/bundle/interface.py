@@ -80,7 +80,9 @@ def check_language(engine: Engine, manifest: Manifest) -> None:
         inputs[SEQUENCE_LENGTHS] = TensorInfo(np.dtype(np.int32), (rows,))
         inputs[TOTAL_LENGTH] = TensorInfo(np.dtype(np.int32), ())
     outputs = {LOGITS: TensorInfo(_own_float(engine.outputs, LOGITS), (rows, 1, language.vocab))}
-    cache = TensorInfo(float_type, (rows, language.kv_heads, capacity, language.head_size))
+    cache = TensorInfo(
+        np.dtype(manifest.precision.cache), (rows, language.kv_heads, capacity, language.head_size)
+    )
     for layer in range(language.layers):
         for part in KEY_VALUE:
             inputs[PAST.format(layer, part)] = outputs[PRESENT.format(layer, part)] = cache

@@ -17,6 +17,7 @@ from typing import Any
 from uhd_export.runtime import typed_json
 from uhd_export.runtime.choices import (
     BACKENDS,
+    CACHES,
     DTYPES,
     ENGINE_BACKENDS,
     GRID_MODES,
@@ -34,7 +35,7 @@ from uhd_export.runtime.language.prompt import TEMPLATES
 from uhd_export.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.
@@ -60,11 +61,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of the weights of each part."""
+    """Types of the weights of each part, and of the key-value cache."""
 
     vision: str
     language: str
     embeddings: str
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,19 @@ class VisionQuantization:
     int8: dict[str, float]
     dense: dict[str, float]
     images: int
+
+
+@dataclass(frozen=True)
+class CacheQuantization:
+    """Scales of a cache in 8 bits come from `sequences` conversations, of `positions` together.
+
+    On these, `key_error` and `value_error` are what rounding costs, ||q(x) - x|| / ||x||, in the worst layer.
+    """
+
+    sequences: int
+    positions: int
+    key_error: float
+    value_error: float
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,7 @@ class Manifest:
     files: dict[str, FileRecord]
     quantization: Quantization | None = None
     vision_quantization: VisionQuantization | None = None
+    cache_quantization: CacheQuantization | None = None
 
 
 def part_files(backend: str) -> tuple[str, str]:
@@ -244,6 +260,7 @@ def validate(manifest: Manifest, path: str) -> None:
         ("precision.vision", precision.vision, DTYPES),
         ("precision.language", precision.language, DTYPES),
         ("precision.embeddings", precision.embeddings, DTYPES),
+        ("precision.cache", precision.cache, CACHES),
         ("model.projector.kind", model.projector.kind, ("hiwin", "v1")),
         ("model.projector.pyramid", model.projector.pyramid, PYRAMIDS),
         ("model.language.kind", model.language.kind, tuple(LANGUAGE_KINDS)),

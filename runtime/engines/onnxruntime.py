@@ -273,7 +273,7 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
             continue
         info = (engine.inputs | engine.outputs)[name]
         remedy = "use --device cpu"
-        if info.dtype == np.float32:
+        if info.dtype in (np.float32, np.int8):  # int8 beside activations in float32
             remedy = "build the bundle with --dtype float16, or use --device cpu"
         raise UhdError(
             f"device {device}: ONNX Runtime has no kernel that updates {name} in {info.dtype} there; {remedy}"

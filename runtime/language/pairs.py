@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.json_files import parse_json
+from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.prompt import IMAGE
 
 
@@ -49,6 +51,25 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None) -> list[P
     if not pairs:
         raise UhdError(f"{path}: holds no image-question pair")
     return pairs
+
+
+def conversation_ids(
+    tokenizer: Tokenizer, pair: Pair, template: str, eos: int | None
+) -> tuple[list[int], int]:
+    """Token ids of the whole conversation, IMAGE_ID in place, and how many of them are its first prompt."""
+    prefix = prompts.opening(tokenizer)
+    first = prompts.render(pair.turns[0].question, template, len(pair.images))
+    ids = prompts.encode(tokenizer, first)
+    prompt = len(ids)
+    for index, turn in enumerate(pair.turns):
+        if index:
+            further = prompts.FOLLOW_UPS[template].replace("{question}", turn.question)
+            ids += prompts.encode(tokenizer, further)[len(prefix) :]
+        if turn.answer is not None:
+            ids += tokenizer.encode(turn.answer, add_special_tokens=False).ids
+    if eos is not None and pair.turns[-1].answer is not None:
+        ids.append(eos)
+    return ids, prompt
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str, str]]:

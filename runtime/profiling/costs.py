@@ -250,8 +250,12 @@ def _decoder(language: LanguageConfig, rows: int, attended: int, logits: int) ->
 
 def kv_cache_bytes(language: LanguageConfig, positions: int, bytes_per: float = 2) -> int:
     """Bytes of the keys and values of `positions` positions, in all layers."""
-    row = 2 * language.kv_heads * language.head_size * language.layers
-    return round(row * positions * bytes_per)
+    return round(cached_values(language, positions) * bytes_per)
+
+
+def cached_values(language: LanguageConfig, positions: int) -> int:
+    """Numbers that the cache holds of `positions` positions, in all layers."""
+    return 2 * language.kv_heads * language.head_size * language.layers * positions
 
 
 def stage_costs(

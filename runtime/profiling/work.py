@@ -53,14 +53,21 @@ def stage_work(grids: Sequence[Grid], manifest: Manifest, positions: int, grid_m
         "prefill": costs.prefill(model.language, positions, folded=True),
         "decode": costs.decode(model.language, positions),
     }
-    return found | {name: _language_work(parts, manifest) for name, parts in language.items()}
+    # What a step reads of the cache; a prompt attends to what is fresh.
+    read = {"prefill": 0, "decode": positions}
+    return found | {
+        name: _language_work(parts, manifest, costs.cached_values(model.language, read[name]))
+        for name, parts in language.items()
+    }
 
 
-def _language_work(parts: costs.Parts, manifest: Manifest) -> Work:
-    """Linear layers in the type they are stored in, everything else in the language model's own."""
+def _language_work(parts: costs.Parts, manifest: Manifest, cached: int) -> Work:
+    """Linear layers in the type they are stored in, `cached` values in the cache's, all else in the
+    language model's own."""
     item = np.dtype(manifest.precision.language).itemsize
     packed = manifest.quantization is not None and manifest.quantization.method is not None
     linear = sum(cost.weights for name, cost in parts.items() if name != "head")
     moved = linear * (INT4_BYTES if packed else item) + parts["head"].weights * item
+    moved += cached * (np.dtype(manifest.precision.cache).itemsize - item)
     whole = costs.total(parts)
     return Work(whole.flops, round(moved + whole.activations * item))

@@ -38,7 +38,7 @@ class MemoryPlan:
 def plan_memory(
     model: ModelConfig, dtype: np.dtype[Any], *, slots: int, context: int, encoded: int, waiting: int
 ) -> MemoryPlan:
-    """What `slots` of `context` positions in `dtype` take.
+    """What `slots` of `context` positions take, keys and values in `dtype`.
 
     `encoded` bytes of images come to them, and the crops of `waiting` requests of one image each.
     """

@@ -13,7 +13,7 @@ from uhd_export.runtime.bundle.opening import open_engines
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
-from uhd_export.runtime.language.decoder import EMBEDS
+from uhd_export.runtime.language.decoder import KEY_VALUE, PAST
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.prompt import load_tokenizer
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
@@ -69,7 +69,7 @@ class Service:
         self.context = options.context or settings.context
         self.memory = plan_memory(
             manifest.model,
-            language.inputs[EMBEDS].dtype,
+            language.inputs[PAST.format(0, KEY_VALUE[0])].dtype,
             slots=options.slots,
             context=self.context,
             encoded=options.image_cache,

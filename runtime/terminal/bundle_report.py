@@ -11,6 +11,7 @@ from rich.table import Table
 
 from uhd_export.runtime.bundle.integrity import verify_files
 from uhd_export.runtime.bundle.manifest import (
+    CacheQuantization,
     Manifest,
     Parity,
     Quantization,
@@ -69,7 +70,9 @@ def print_bundle(
         "bundle": f"{folder}, {format_bytes(total_bytes(manifest))}, schema {manifest.schema_version}",
         "source": f"{source.id} ({source.release} release), config {source.config_sha256[:12]}",
         "backend": f"{manifest.backend}, {'folded' if manifest.fold else 'not folded'}",
-        "precision": ", ".join(f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items()),
+        "precision": ", ".join(
+            f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items() if dtype
+        ),
         "vision": f"{model.vision.layers} layers of {model.vision.hidden}, patch {model.vision.patch}",
         "projector": f"{model.projector.kind}, levels {', '.join(f'{s}x' for s in model.projector.levels)}, "
         f"{model.projector.side**2} tokens a crop",
@@ -87,6 +90,8 @@ def print_bundle(
         rows["weights"] = describe_quantization(manifest.quantization)
     if manifest.vision_quantization is not None:
         rows["vision weights"] = describe_vision(manifest.vision_quantization)
+    if manifest.cache_quantization is not None:
+        rows["cache"] = describe_cache(manifest.cache_quantization)
     for name, value in rows.items():
         table.add_row(name, cell(value))
     console.print(table)
@@ -139,6 +144,14 @@ def describe_vision(quantization: VisionQuantization) -> str:
         text += f", output errors {min(errors):.1e} to {max(errors):.1e} on {quantization.images} images"
     names = [f"{name.rpartition('.encoder.')[2]} ({error:.1e})" for name, error in quantization.dense.items()]
     return text + (f"; dense: {', '.join(names)}" if names else "")
+
+
+def describe_cache(quantization: CacheQuantization) -> str:
+    """One line for people."""
+    return (
+        f"8 bits, scales of {quantization.positions} positions in {quantization.sequences} conversations; "
+        f"rounding: keys {quantization.key_error:.1e}, values {quantization.value_error:.1e}"
+    )
 
 
 def print_parity(

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tokenizers import Tokenizer
 
 from uhd_export.bundle.options import BuildOptions
-from uhd_export.bundle.parity import measure_parity
+from uhd_export.bundle.parity import QUESTION, measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
 from uhd_export.bundle.staging import refuse_existing, staged_folder
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
@@ -19,10 +18,12 @@ from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.checkpoint.source import source_folder
 from uhd_export.checkpoint.tokenizer import checkpoint_tokenizer
+from uhd_export.graph.cache import FloatCache
 from uhd_export.graph.inline import inline_functions
 from uhd_export.graph.int4.choose import linear_format, resolve
 from uhd_export.graph.int4.options import AUTO
 from uhd_export.graph.int4.view import EMBED_TOKENS, as_stored
+from uhd_export.graph.int8.cache import CachePlan, calibrate_cache
 from uhd_export.graph.int8.calibrate import Int8Plan, calibrate_vision
 from uhd_export.graph.language import check_context, emit_language
 from uhd_export.graph.vision import emit_vision
@@ -46,7 +47,9 @@ from uhd_export.runtime.bundle.manifest import (
 )
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
+from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language import prompt as prompts
+from uhd_export.runtime.language.pairs import Pair, Turn
 from uhd_export.runtime.progress import progress_bar
 from uhd_export.tensorrt.engines import replace_graphs
 
@@ -59,7 +62,7 @@ def build_bundle(
     *,
     options: BuildOptions | None = None,
     quantize: Callable[[], Path] | None = None,
-    images: Callable[[], Iterable[Image.Image]] | None = None,
+    pairs: Callable[[], Iterable[Pair]] | None = None,
     verify: bool = True,
     force: bool = False,
     progress: bool = False,
@@ -70,8 +73,9 @@ def build_bundle(
     be changed at run time; a quantized checkpoint's quality report goes along; the parity of engines is that
     of the graphs they are built from. With `verify`, the parts are compared with PyTorch and the
     measurements recorded; a bundle out of tolerance is not written. `quantize` is called when everything
-    has been checked; it makes the GPTQ checkpoint that is built for `source`. 8-bit vision is calibrated on
-    `images` (default: two patterns). `force` replaces an existing bundle; `progress` draws bars.
+    has been checked; it makes the GPTQ checkpoint that is built for `source`. Vision in 8 bits, on first
+    images, and a cache in 8 bits are calibrated on `pairs` (default: two patterns). `force` replaces an
+    existing bundle; `progress` draws bars.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
@@ -89,24 +93,32 @@ def build_bundle(
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         quantization = resolve(checkpoint, config.language, options.weights)
         with staged_folder(out, force=force, needed=_estimate_bytes(checkpoint, options)) as staging:
-            vision = _plan_int8(checkpoint, config, staging, options, images or _patterns, progress)
+            chosen = list((pairs or _patterns)()) if "int8" in (options.vision_weights, options.cache) else []
+            vision = _plan_int8(checkpoint, config, staging, options, chosen, progress)
             _write_vision(checkpoint, config, staging, options, vision, progress)
-            _write_language(checkpoint, config, staging, options, quantization, progress)
+            stored = as_stored(checkpoint, config.language, quantization)
+            cache = _plan_cache(stored, config, staging, options, chosen, progress)
+            _write_language(checkpoint, config, staging, options, quantization, cache, progress)
             manifest = replace(
                 _describe(source, folder, config, options),
-                precision=Precision(options.precision, options.precision, _embeddings(options, quantization)),
+                precision=Precision(
+                    options.precision,
+                    options.precision,
+                    _embeddings(options, quantization),
+                    options.cache_type,
+                ),
                 files=_files(staging, progress),
                 quantization=quantization,
                 vision_quantization=None if vision is None else vision.record,
+                cache_quantization=None if cache is None else cache.record,
             )
             # What is measured is the graphs, which engines are built from.
             write_manifest(staging, replace(manifest, backend="onnxruntime"))
             if verify:
-                reference = as_stored(checkpoint, config.language, quantization)
                 with closing(open_checkpoint(before, config.language.vocab)) as unrounded:
                     original = None if isinstance(unrounded, GptqCheckpoint) else unrounded
                     parity = measure_parity(
-                        staging, reference, config, original=original, record=True, progress=progress
+                        staging, stored, config, original=original, record=True, progress=progress
                     )
                 _refuse_failed(parity)
                 manifest = replace(manifest, parity=tuple(parity), files=_files(staging, progress))
@@ -154,8 +166,9 @@ def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
     return weights if options.engines is None else 2 * weights  # graphs, and engines beside them
 
 
-def _patterns() -> list[Image.Image]:
-    return [pattern(1008, 672), pattern(500, 336)]
+def _patterns() -> list[Pair]:
+    turn = Turn(QUESTION, None)
+    return [Pair((pattern(*size),), (turn,), "a pattern") for size in ((1008, 672), (500, 336))]
 
 
 def _plan_int8(
@@ -163,7 +176,7 @@ def _plan_int8(
     config: CheckpointConfig,
     folder: Path,
     options: BuildOptions,
-    images: Callable[[], Iterable[Image.Image]],
+    pairs: list[Pair],
     progress: bool,
 ) -> Int8Plan | None:
     """What of the vision part is rounded to 8 bits; None where nothing is asked to be."""
@@ -174,11 +187,27 @@ def _plan_int8(
             config,
             checkpoint,
             config.settings(options.images),
-            images(),
+            (open_image(pair.images[0]) for pair in pairs),
             folder,
             fold=options.fold,
             progress=bar.set,
         )
+
+
+def _plan_cache(
+    checkpoint: Checkpoint,
+    config: CheckpointConfig,
+    folder: Path,
+    options: BuildOptions,
+    pairs: list[Pair],
+    progress: bool,
+) -> CachePlan | None:
+    """The scales of a cache in 8 bits; None where none is asked for."""
+    if options.cache_type != "int8":
+        return None
+    settings, tokenizer = config.settings(options.images), checkpoint_tokenizer(checkpoint.folder)
+    with progress_bar("key-value cache, calibrating", show=progress) as bar:
+        return calibrate_cache(config, checkpoint, settings, tokenizer, pairs, folder / VISION, bar.set)
 
 
 def _write_vision(
@@ -209,6 +238,7 @@ def _write_language(
     folder: Path,
     options: BuildOptions,
     quantization: Quantization | None,
+    cache: CachePlan | None,
     progress: bool,
 ) -> None:
     """The language graph, and what stands beside it."""
@@ -223,6 +253,7 @@ def _write_language(
             folder / LANGUAGE,
             dtype=options.precision,
             dialect=options.dialect,
+            cache=FloatCache(options.cache_type) if cache is None else cache.cache,
             linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
             progress=bar.set,

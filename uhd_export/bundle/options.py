@@ -7,7 +7,7 @@ from uhd_export.checkpoint.fields import choice
 from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.graph.int8.options import VISION_WEIGHTS
-from uhd_export.runtime.choices import DTYPES
+from uhd_export.runtime.choices import CACHES, DTYPES
 from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class BuildOptions:
     """How a checkpoint is read, cut images are encoded, weights are stored and engines are built.
 
     `engines` None makes a bundle for ONNX Runtime. `dtype` is the type of weights and activations, float32
-    or float16 (None: float16 for engines, else float32). `vision_weights` int8 rounds the vision part's dense
+    or float16 (None: float16 for engines, else float32); `cache` that of keys and values, int8 too (None:
+    `dtype`'s). `vision_weights` int8 rounds the vision part's dense
     products, weights and activations, where measured errors allow. `fold` folds the projector exactly.
     `inline` writes function bodies inline, for readers of ONNX without functions. `context` is the number of
     positions of the key-value cache (None: the model's).
@@ -30,6 +31,7 @@ class BuildOptions:
     weights: WeightOptions = field(default_factory=WeightOptions)
     engines: "EngineOptions | None" = None
     dtype: str | None = None
+    cache: str | None = None
     vision_weights: str = "dense"
     fold: bool = True
     inline: bool = False
@@ -38,6 +40,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
         choice("dtype", self.dtype, (None, *DTYPES))
+        choice("cache", self.cache, (None, *CACHES))
+        if self.engines is not None and self.cache_type != self.precision:
+            raise UhdError(
+                f"cache {self.cache}: engines keep keys and values in the type of their activations, "
+                f"{self.precision}; leave it out, or use --backend onnxruntime"
+            )
         if self.inline and self.engines is not None:
             raise UhdError("--inline: is for --backend onnxruntime; engines are built from functions")
         choice("vision_weights", self.vision_weights, VISION_WEIGHTS)
@@ -61,3 +69,8 @@ class BuildOptions:
     def precision(self) -> str:
         """The type of weights and activations."""
         return self.dtype or ("float32" if self.engines is None else "float16")
+
+    @property
+    def cache_type(self) -> str:
+        """The type of keys and values."""
+        return self.cache or self.precision

@@ -179,18 +179,22 @@ def _vision_limit(manifest: Manifest) -> float | None:
 
 
 def _language_limit(manifest: Manifest) -> float | None:
-    return INT8_LIMIT if _int8(manifest) else LIMITS.get(manifest.precision.language)
+    precision = manifest.precision
+    if _int8(manifest):
+        return INT8_LIMIT
+    return LIMITS["float32" if precision.language == precision.cache == "float32" else "float16"]
 
 
 def _token_limit(manifest: Manifest) -> float | None:
-    exact = manifest.precision.language == manifest.precision.vision == "float32"
+    precision = manifest.precision
+    exact = precision.language == precision.vision == precision.cache == "float32"
     return 0.0 if exact and not _int8(manifest) else None
 
 
 def _int8(manifest: Manifest) -> bool:
-    """Where the language model's activations, or its inputs, are rounded."""
+    """Where the language model's activations, its inputs, or its keys and values are rounded."""
     rounded = manifest.quantization is not None and manifest.quantization.activations == "int8"
-    return rounded or manifest.vision_quantization is not None
+    return rounded or manifest.precision.cache == "int8" or manifest.vision_quantization is not None
 
 
 def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:

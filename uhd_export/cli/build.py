@@ -26,13 +26,13 @@ from uhd_export.cli.options import (
 from uhd_export.cli.preset import preset_notes, preset_option
 from uhd_export.cli.quantize import quantize_into
 from uhd_export.graph.int8.options import VISION_WEIGHTS
-from uhd_export.runtime.choices import DTYPES
+from uhd_export.runtime.choices import CACHES, DTYPES
 from uhd_export.runtime.errors import UhdError
 
 # About a minute of one core, where the 200 of `quantize` take four.
 _QUESTIONS = 50
-# Of 8-bit vision: each is many crops of thousands of patches.
-_IMAGES = 4
+# Of 8-bit vision and cache: each is many crops of thousands of patches, and a thousand positions.
+_PAIRS = 4
 
 
 @click.command(cls=Command)
@@ -65,6 +65,12 @@ _IMAGES = 4
         section=ENGINES,
     ),
     option(
+        "--cache",
+        type=click.Choice(CACHES),
+        help="Of keys and values; default: as --dtype. int8 is calibrated.",
+        section=ENGINES,
+    ),
+    option(
         "--context",
         type=COUNT,
         metavar="N",
@@ -86,7 +92,7 @@ def build(
 
     with status("loading PyTorch"):  # which takes seconds
         from uhd_export.bundle.build import build_bundle
-        from uhd_export.calibration.data import calibration_images
+        from uhd_export.calibration.data import calibration_pairs
         from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
         from uhd_export.runtime.units import format_bytes
 
@@ -103,7 +109,7 @@ def build(
             output,
             options=options,
             quantize=quantize,
-            images=lambda: calibration_images(calibration, _IMAGES),
+            pairs=lambda: calibration_pairs(calibration, _PAIRS),
             verify=verify,
             force=force,
             progress=True,
@@ -119,15 +125,18 @@ def _quantizer(
 
     The checkpoint stays beside the bundle, as OUTPUT-gptq, and is taken again where it was made of the same.
     """
+    calibrated = "int8" in (options.vision_weights, options.cache)
     if options.weights.weights != "int4":
-        if options.vision_weights != "int8":
-            _refuse_calibration("is for calibration; give it with --weights int4 or --vision-weights int8")
+        if not calibrated:
+            _refuse_calibration(
+                "is for calibration; give it with --weights int4, --vision-weights int8 or --cache int8"
+            )
         return None
     from uhd_export.checkpoint.int4.settings import is_quantized
     from uhd_export.checkpoint.source import NANO, source_folder
 
     if is_quantized(source_folder(source)):
-        if options.vision_weights == "int8":
+        if calibrated:
             return None
         _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")
         return None

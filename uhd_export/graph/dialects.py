@@ -6,9 +6,12 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
+from uhd_export.graph.cache import CacheFormat, FloatCache, Int8Cache
+from uhd_export.graph.grouped_attention import GroupedAttention
 from uhd_export.graph.linear import TensorSource
 from uhd_export.plugins.graph import CONTRIB_DOMAIN, GraphBuilder
 from uhd_export.runtime.config import LanguageConfig
+from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import (
     EMBEDS,
     KEY_VALUE,
@@ -35,24 +38,38 @@ def rotary_cache(config: LanguageConfig, context: int) -> tuple[np.ndarray, np.n
 class Dialect(ABC):
     """Declares a graph's inputs and cache, and emits what backends have different operators for."""
 
-    opset: int
-
     def __init__(
-        self, config: LanguageConfig, source: TensorSource, dtype: ir.DataType, context: int
+        self,
+        config: LanguageConfig,
+        source: TensorSource,
+        dtype: ir.DataType,
+        context: int,
+        cache: CacheFormat,
     ) -> None:
         self.config, self.source, self.dtype, self.context = config, source, dtype, context
+        self.cache = cache
         self.builder = GraphBuilder("language", opset=self.opset)
         self.embeds = self.builder.input(EMBEDS, dtype, (self.rows, "sequence", config.hidden))
         self._declare_positions()
         cos, sin = rotary_cache(config, context)
-        self._cos = self.builder.weight("rotary.cos", cos.shape, dtype, lambda: cos)
-        self._sin = self.builder.weight("rotary.sin", sin.shape, dtype, lambda: sin)
+        self._cos = self.builder.weight("rotary.cos", cos.shape, self.attention_dtype, lambda: cos)
+        self._sin = self.builder.weight("rotary.sin", sin.shape, self.attention_dtype, lambda: sin)
         self._cache_shape = (self.rows, config.kv_heads, self.capacity, config.head_size)
         self._past = [
-            [self.builder.input(PAST.format(i, part), dtype, self._cache_shape) for part in KEY_VALUE]
+            [self.builder.input(PAST.format(i, part), cache.type, self._cache_shape) for part in KEY_VALUE]
             for i in range(config.layers)
         ]
         self._present: list[tuple[ir.Value, ir.Value]] = []
+
+    @property
+    def attention_dtype(self) -> ir.DataType:
+        """The type in which attention computes."""
+        return self.dtype
+
+    @property
+    @abstractmethod
+    def opset(self) -> int:
+        """Of the standard operators."""
 
     @property
     def capacity(self) -> int | str:
@@ -90,7 +107,7 @@ class Dialect(ABC):
             for part, value in zip(KEY_VALUE, pair, strict=True):
                 # No Identity in between: the backend must see that past and present are one buffer.
                 self.builder.output(
-                    value, PRESENT.format(i, part), self.dtype, self._cache_shape, direct=True
+                    value, PRESENT.format(i, part), self.cache.type, self._cache_shape, direct=True
                 )
 
     def _norm_weight(self, name: str, dtype: ir.DataType) -> ir.Value:
@@ -101,7 +118,15 @@ class Dialect(ABC):
 class OnnxRuntimeDialect(Dialect):
     """ONNX Runtime's contributed operators; its kernels write the cache in place."""
 
-    opset = 23
+    @property
+    def opset(self) -> int:
+        """24 where TensorScatter writes into the cache."""
+        return 24 if isinstance(self.cache, Int8Cache) else 23
+
+    @property
+    def attention_dtype(self) -> ir.DataType:
+        """That of a float cache: the operator takes no two types of floating point."""
+        return self.cache.type if isinstance(self.cache, FloatCache) else self.dtype
 
     @property
     def rows(self) -> str:
@@ -135,27 +160,24 @@ class OnnxRuntimeDialect(Dialect):
         return normed, total
 
     def attention(self, qkv: ir.Value) -> ir.Value:
-        """One GroupQueryAttention node, which takes q, k and v as they are, side by side."""
+        """See `GroupedAttention`."""
         layer = len(self._present)
-        out, key, value = self.builder.ops(
-            "GroupQueryAttention",
-            qkv,
-            None,
-            None,
-            *self._past[layer],
+        out, *present = self._attention.emit(layer, qkv, self._past[layer])
+        self._present.append((present[0], present[1]))
+        return out
+
+    @cached_property
+    def _attention(self) -> GroupedAttention:
+        return GroupedAttention(
+            self.builder,
+            self.config,
+            self.cache,
+            self.dtype,
+            self.embeds,
             self._lengths,
             self._total,
-            self._cos,
-            self._sin,
-            domain=CONTRIB_DOMAIN,
-            outputs=3,
-            num_heads=self.config.heads,
-            kv_num_heads=self.config.kv_heads,
-            do_rotary=1,
-            name=f"model.layers.{layer}.self_attn",
+            (self._cos, self._sin),
         )
-        self._present.append((key, value))
-        return out
 
 
 class TensorRtDialect(Dialect):
@@ -169,6 +191,18 @@ class TensorRtDialect(Dialect):
     """
 
     opset = 24
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        source: TensorSource,
+        dtype: ir.DataType,
+        context: int,
+        cache: CacheFormat,
+    ) -> None:
+        if cache.type != dtype:
+            raise UhdError(f"cache: the tensorrt dialect keeps it in the type of the activations, {dtype}")
+        super().__init__(config, source, dtype, context, cache)
 
     @property
     def capacity(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.cache import CacheFormat, FloatCache, Int8Cache
 from uhd_export.graph.dialects import DIALECTS, Dialect
 from uhd_export.graph.linear import (
     Dense,
@@ -38,6 +39,7 @@ def emit_language(
     path: str | Path,
     *,
     dtype: str = "float32",
+    cache: CacheFormat | None = None,
     dialect: str = "onnxruntime",
     linear: LinearFormat | None = None,
     context: int | None = None,
@@ -46,10 +48,11 @@ def emit_language(
     """Write the language model to `path`, with its weights in `PATH.data` beside it.
 
     `tensors` is a checkpoint, or a function from official tensor names to tensors. `dtype` is the type of
-    activations, cache and dense weights; `linear` the weight format (default `Dense()`); `context` the
-    number of positions of the rotary tables (default: the model's own). `progress(done, total)` is called
-    before each tensor of the external data is written. One tensor is in memory at a time. Raises UhdError
-    for an unsupported dtype or dialect, a missing tensor or a wrong shape; then nothing is left at `path`.
+    activations and dense weights; `cache` how keys and values are kept (default: in `dtype`); `linear` the
+    weight format (default `Dense()`); `context` the number of positions of the rotary tables (default: the
+    model's own). `progress(done, total)` is called before each tensor of the external data is written. One
+    tensor is in memory at a time. Raises UhdError for an unsupported dtype, dialect or cache, a missing
+    tensor or a wrong shape; then nothing is left at `path`.
     """
     if dtype not in DTYPES:
         raise UhdError(f"language dtype: {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
@@ -57,8 +60,11 @@ def emit_language(
         raise UhdError(f"language dialect: {dialect!r} is not supported; use one of {', '.join(DIALECTS)}")
     context = config.context if context is None else context
     check_context(config, context)
+    cache = cache or FloatCache(dtype)
+    if isinstance(cache, Int8Cache):
+        cache.check(config)
     source = TensorSource(tensors)
-    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context)
+    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context, cache)
     graph.builder.metadata = {
         "dtype": dtype,
         "dialect": dialect,

@@ -4,7 +4,8 @@ The vision part is loaded alone; the language model runs layer by layer, each la
 when it is due and dropped after it. Both compute in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX, Checkpoint
-from uhd_export.model.language import DecoderLayer, RMSNorm, rotary_tables
+from uhd_export.model.language import Cache, DecoderLayer, RMSNorm, rotary_tables
 from uhd_export.model.projector import HiwinProjector, V1Projector
 from uhd_export.model.vit import VisionTower
 from uhd_export.runtime.config import LanguageConfig
@@ -51,8 +52,15 @@ class VisionReference:
         return self._projector(self._tower(pixels, tensors), pixels, tensors)[0].numpy()
 
 
-def reference_embeds(checkpoint: Checkpoint, vision: VisionReference, sequence: PromptSequence) -> np.ndarray:
-    """float32 (S, D) embeddings of `sequence`."""
+class CropEncoder(Protocol):
+    """What makes tokens of a crop."""
+
+    def encode(self, crop: np.ndarray, grid_mode: str) -> np.ndarray:
+        """float32 (tokens, D) of one uint8 (h, w, 3) crop."""
+
+
+def reference_embeds(checkpoint: Checkpoint, vision: CropEncoder, sequence: PromptSequence) -> np.ndarray:
+    """float32 (S, D) embeddings of `sequence`, whose images `vision` encodes."""
     table = checkpoint.tensor(_EMBED_TOKENS)
     pieces = []
     for segment in sequence.segments:
@@ -83,6 +91,27 @@ def streamed_logits(
     checkpoint.load_into(norm, "model.norm.", torch.float32)
     head = checkpoint.tensor(checkpoint.head(language.tied), torch.float32)
     return F.linear(norm(x[0, -last:]), head).numpy()
+
+
+@torch.inference_mode()
+def keys_and_values(
+    checkpoint: Checkpoint, language: LanguageConfig, sequences: Sequence[np.ndarray]
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Layer by layer, what each of `sequences`, (S, D) embeddings, leaves in the cache.
+
+    float32 (kv_heads, S, head_size) each: rotated keys, and values. One layer is in memory at
+    a time.
+    """
+    states = [torch.from_numpy(embeds)[None] for embeds in sequences]
+    for index in range(language.layers):
+        layer, found = _layer(checkpoint, language, index), []
+        for i, x in enumerate(states):
+            cache: Cache = [None]
+            states[i] = layer(x, *rotary_tables(language, torch.arange(x.shape[1])), cache, 0)
+            assert cache[0] is not None
+            key, value = cache[0]
+            found.append((key[0].numpy(), value[0].numpy()))
+        yield found
 
 
 def _layer(checkpoint: Checkpoint, language: LanguageConfig, index: int) -> DecoderLayer:

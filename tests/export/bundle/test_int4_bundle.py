@@ -260,7 +260,7 @@ def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, t
     out = tmp_path / "out"
     for weights in ("auto", "dense", "int4-rtn"):
         result = _build(plain, "-o", out, "--weights", weights, option, 32)
-        expected = f"{option}: is for calibration; give it with --weights int4 or --vision-weights int8"
+        expected = f"{option}: is for calibration; give it with --weights int4, --vision-weights int8 or "
         assert expected in result.output
     result = _build(_gptq(plain, tmp_path / "gptq"), "-o", out, "--weights", "int4", option, 32)
     assert f"{option}: checkpoint {tmp_path}/gptq is quantized already" in result.output
