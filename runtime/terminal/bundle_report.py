@@ -70,9 +70,7 @@ def print_bundle(
         "bundle": f"{folder}, {format_bytes(total_bytes(manifest))}, schema {manifest.schema_version}",
         "source": f"{source.id} ({source.release} release), config {source.config_sha256[:12]}",
         "backend": f"{manifest.backend}, {'folded' if manifest.fold else 'not folded'}",
-        "precision": ", ".join(
-            f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items() if dtype
-        ),
+        "precision": ", ".join(f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items()),
         "vision": f"{model.vision.layers} layers of {model.vision.hidden}, patch {model.vision.patch}",
         "projector": f"{model.projector.kind}, levels {', '.join(f'{s}x' for s in model.projector.levels)}, "
         f"{model.projector.side**2} tokens a crop",

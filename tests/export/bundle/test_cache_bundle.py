@@ -11,7 +11,6 @@ from uhd_export.bundle.options import BuildOptions
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle.manifest import read_manifest
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.sequence import IMAGE_ID
 from uhd_export.runtime.serving.service import Service, ServiceOptions
 from uhd_export.tensorrt.options import EngineOptions
 
@@ -82,16 +81,6 @@ def test_an_engine_with_another_cache_than_the_manifest_says_is_refused(bundles,
     write_signed(folder, record)
     with pytest.raises(UhdError, match=r"precision\.cache: 'int3' is not supported"):
         Pipeline.open(folder, threads=1)
-
-
-def test_a_manifest_of_before_the_option_has_the_cache_of_its_language_part(bundles, tmp_path, image_file):
-    folder = forge(bundles["float32"], tmp_path)
-    record = json.loads((folder / "manifest.json").read_text())
-    del record["precision"]["cache"], record["cache_quantization"]
-    write_signed(folder, record)
-    assert read_manifest(folder).precision.cache_type == "float32"
-    with Pipeline.open(folder, threads=1, max_slices=1) as pipeline:
-        assert len(pipeline.logits(Image.open(image_file), [1, IMAGE_ID, 20])) == 32000
 
 
 def test_engines_take_no_other_cache(fails, tmp_path):
