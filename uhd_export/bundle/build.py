@@ -301,7 +301,7 @@ def _describe(source: str | Path, folder: Path, config: CheckpointConfig, option
         schema_version=SCHEMA_VERSION,
         backend=options.backend,
         fold=options.fold and config.projector.kind == "hiwin",
-        precision=Precision(options.precision, options.precision, options.precision),
+        precision=Precision(options.precision, options.precision, options.precision, options.cache_type),
         source=describe_source(source, folder, config.release, options.reading),
         model=config.model,
         settings=config.settings(options.images, options.context),

@@ -115,11 +115,14 @@ class GroupedAttention:
             return [out, *updated]
 
         is_long, start = self._is_long, self._start  # made outside of the branches
-        branches = {
-            "then_branch": builder.branch(f"{name}/long/", long),
-            "else_branch": builder.branch(f"{name}/short/", short),
-        }
-        out, key, value = builder.ops("If", is_long, outputs=3, name=name, **branches)
+        out, key, value = builder.ops(
+            "If",
+            is_long,
+            outputs=3,
+            name=name,
+            then_branch=builder.branch(f"{name}/long/", long),
+            else_branch=builder.branch(f"{name}/short/", short),
+        )
         return out, key, value
 
     @cached_property

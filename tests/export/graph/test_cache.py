@@ -14,7 +14,7 @@ from uhd_export.graph.language import emit_language
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import PAST, SEQUENCE_LENGTHS, TOTAL_LENGTH, Decoder
-from uhd_export.runtime.serving.rows import Rows
+from uhd_export.runtime.serving.cache.rows import Rows
 
 # Of logits, relative, by the type of the cache.
 TOLERANCE = {"float32": 5e-6, "float16": 2e-3, "int8": 2e-2}
