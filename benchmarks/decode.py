@@ -1,4 +1,4 @@
-"""Tokens a second of our language engine against eager transformers and onnxruntime-genai.
+"""Tokens a second of our language engine against eager transformers and the engines of others.
 
 A LLaMA model with random weights; the same weights, prompt ids and greedy loop for all. Each engine runs in a
 process of its own, so that peak memory is its own, and they take turns, so that a machine that slows down
@@ -6,11 +6,14 @@ slows all. They are loaded twice, in both orders: which memory the weights land 
 up to a quarter. Ratios are medians of the ratios of runs taken in the same turn.
 
     python benchmarks/decode.py [--weights float32,float16,int4] [--rounds 4] [--json FILE]
+    python benchmarks/decode.py --wide                 4 layers of Vicuna-7B's width in int4
 
-`--weights` may hold float32, float16 and int4: one GPTQ checkpoint in groups of 128, made here by our
-quantizer (it needs the extra gptq), that both engines read; its head, which is not quantized there, each
-engine rounds to 4 bits in groups of 32. On a CPU ONNX Runtime multiplies float16 weights in float32, to which
-it expands them when it loads them.
+`--weights` may hold float32, float16 and int4: one GPTQ checkpoint in groups of 128, random integers, which
+onnxruntime-genai reads too; OpenVINO (NNCF, groups of 128) and llama.cpp (Q4_0, groups of 32) round its
+values anew. Heads: ours, OpenVINO's and llama.cpp's have 8 bits, onnxruntime-genai's 4. Engines that are not
+installed are left out and named: `pip install onnxruntime-genai nncf openvino gguf llama-cpp-python`, in an
+environment of their own; llama.cpp is compiled for this processor, which takes minutes. On a CPU ONNX Runtime
+multiplies float16 weights in float32, to which it expands them when it loads them.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -27,13 +31,26 @@ from pathlib import Path
 import decode_runners as runners
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from uhd_export.runtime.memory import peak_memory
 from uhd_export.runtime.profiling.machine import machine
 
-OURS, TRANSFORMERS, GENAI = runners.RUNNERS
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gptqmodel")
+OURS, TRANSFORMERS, GENAI, OPENVINO, LLAMA = runners.RUNNERS
+ENGINES = {
+    "float32": (OURS, TRANSFORMERS, GENAI),
+    "float16": (OURS, TRANSFORMERS, GENAI),
+    "int4": (OURS, GENAI, OPENVINO, LLAMA),
+}
+WIDE = {"weights": "int4", "hidden": 4096, "head_size": 128, "layers": 4, "rounds": 2, "steps": 32}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "nncf",
+    "llama-cpp-python",
+)
 
 
 def serve(kind: type, arguments: tuple, pipe: Connection) -> None:
@@ -73,41 +90,35 @@ def apart(function: Callable, *arguments: object) -> object:
         return pool.apply(function, arguments)
 
 
-def engines_for(weights: str) -> list[str]:
-    """Who can run these weights; int4 has no counterpart in plain transformers."""
-    return [OURS, GENAI] if weights == "int4" else [OURS, TRANSFORMERS, GENAI]
-
-
 def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> dict:
     """Everything: files, turns, summary."""
     size = {
         "hidden_size": options.hidden,
         "intermediate_size": options.intermediate or -(-options.hidden * 8 // 3 // 256) * 256,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": options.hidden // 64,
+        "num_attention_heads": options.hidden // options.head_size,
+        "num_key_value_heads": options.hidden // options.head_size,
         "vocab_size": options.vocab,
         "max_position_embeddings": 4096,
     }
-    kinds = [(name, weights) for weights in options.weights.split(",") for name in engines_for(weights)]
-    task = progress.add_task("write", total=3 + len(kinds) * (3 + 2 * (options.rounds + 1)))
+    asked = [(name, weights) for weights in options.weights.split(",") for name in ENGINES[weights]]
+    lacking = {name: module for name, _ in asked if (module := runners.missing(name))}
+    kinds = [(name, weights) for name, weights in asked if name not in lacking]
+    several = len(options.weights.split(","))
+    task = progress.add_task("write", total=several + len(kinds) * (3 + 2 * (options.rounds + 1)))
 
     def note(text: str) -> None:
         progress.update(task, description=text, advance=1)
 
-    note("emit two layers of 7B width")
-    emission = apart(runners.emit_wide, folder)
-    note("write the checkpoint")
-    apart(runners.write_model, folder, size)
-    if "int4" in options.weights.split(","):
-        note("quantize it by GPTQ")
-        apart(runners.quantize_model, folder, size)
+    for weights in options.weights.split(","):
+        note(f"write the checkpoint, {weights}")
+        apart(runners.write_model, folder, weights, size)
     weight_bytes = {}
     for name, weights in kinds:
         note(f"build {name} {weights}")
-        if name == OURS:
-            weight_bytes[weights] = apart(runners.export_ours, folder, weights, size)
-        if name == GENAI:
-            apart(runners.export_genai, folder, weights)
+        exported = apart(runners.export, name, folder, weights, size)
+        if exported is not None:
+            weight_bytes[weights] = exported
 
     # A fixed prompt of ids spread over the vocabulary.
     ids = [3 + (7919 * i) % (options.vocab - 3) for i in range(options.prompt)]
@@ -141,7 +152,7 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
         "read_bandwidth": rate,
         "weight_bytes": weight_bytes,
         "floor_tokens_per_second": {w: rate / size for w, size in weight_bytes.items()},
-        "emission_7b_width_2_layers": emission,
+        "not_installed": lacking,
         "rows": [summarise(kind, runs, peaks) for kind in kinds],
     }
 
@@ -163,7 +174,7 @@ def summarise(kind: tuple[str, str], runs: dict, peaks: dict) -> dict:
         "peak_bytes": peaks[kind],
         "first_tokens_equal": _equal(runs[kind][0].tokens, reference[0].tokens),
     }
-    for other in (TRANSFORMERS, GENAI):
+    for other in (TRANSFORMERS, GENAI, OPENVINO, LLAMA):
         if name == OURS and (theirs := runs.get((other, weights))):
             pairs = list(zip(runs[kind], theirs, strict=True))
             row[f"prefill_vs_{other}"] = statistics.median(b.prefill / a.prefill for a, b in pairs)
@@ -184,51 +195,42 @@ def where(threads: int) -> dict:
     return {**machine("cpu", threads), "memory_bytes": pages, **versions}
 
 
-def show(result: dict, console: Console) -> None:
-    """Print the table and what belongs to it."""
+def show(result: dict) -> None:
+    """Print a table in Markdown and what belongs to it."""
     model, count = result["model"], result["steps"] + 1
-    load = result["machine"]["load_average"]
-    place = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
-    title = (
-        f"LLaMA, {model['num_hidden_layers']} layers of {model['hidden_size']}: prompt {result['prompt']}, "
-        f"then {result['steps']} tokens; {place}"
+    print(
+        f"\nLLaMA, {model['num_hidden_layers']} layers of {model['hidden_size']}: prompt {result['prompt']}, "
+        f"then {result['steps']} tokens; {result['machine']['processor']}, "
+        f"{result['machine']['threads']} threads\n"
     )
-    table = Table(title=title)
-    for column in ("engine", "weights", "prefill s", "tokens/s", "of floor", "peak MB", "same tokens"):
-        table.add_column(column, justify="left" if column in ("engine", "weights") else "right")
+    print("| engine | weights | prefill s | tokens/s | of the floor | peak MB | same tokens |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for row in result["rows"]:
-        rates = row["decode_runs"]
-        table.add_row(
-            row["engine"],
-            row["weights"],
-            f"{row['prefill_seconds']:.2f} ({min(row['prefill_runs']):.2f}-{max(row['prefill_runs']):.2f})",
-            f"{row['decode_tokens_per_second']:.1f} ({min(rates):.1f}-{max(rates):.1f})",
-            f"{row['decode_tokens_per_second'] / result['floor_tokens_per_second'][row['weights']]:.0%}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['first_tokens_equal']}/{count}",
+        rates, prefills = row["decode_runs"], row["prefill_runs"]
+        floor = row["decode_tokens_per_second"] / result["floor_tokens_per_second"][row["weights"]]
+        print(
+            f"| {row['engine']} | {row['weights']} "
+            f"| {row['prefill_seconds']:.2f} ({min(prefills):.2f}-{max(prefills):.2f}) "
+            f"| {row['decode_tokens_per_second']:.1f} ({min(rates):.1f}-{max(rates):.1f}) | {floor:.0%} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['first_tokens_equal']}/{count} |"
         )
-    console.print(table)
+    print()
     for row in result["rows"]:
-        for other in (TRANSFORMERS, GENAI):
+        for other in (TRANSFORMERS, GENAI, OPENVINO, LLAMA):
             if f"decode_vs_{other}" in row:
-                console.print(
+                print(
                     f"{row['weights']}: {row[f'prefill_vs_{other}']:.2f}x the prefill and "
                     f"{row[f'decode_vs_{other}']:.2f}x the decoding speed of {other}"
                 )
+    for name, module in result["not_installed"].items():
+        print(f"{name}: left out, {module} is not installed")
+    load = result["machine"]["load_average"]
     if load > 1.5 * int(result["machine"]["threads"]):
-        console.print(f"Load average {load:.1f}: other work shared the processor; trust ratios, not rates.")
-    console.print(
-        f"Memory is read at {result['read_bandwidth'] / 1e9:.1f} GB/s; the floor reads all weights:"
-    )
+        print(f"Load average {load:.1f}: other work shared the processor; trust ratios, not rates.")
+    print(f"Memory is read at {result['read_bandwidth'] / 1e9:.1f} GB/s; the floor reads all weights:")
     for weights, size in result["weight_bytes"].items():
         rate = result["floor_tokens_per_second"][weights]
-        console.print(f"  {weights}: {size / 1e6:.0f} MB, {rate:.1f} tokens/s")
-    wide = result["emission_7b_width_2_layers"]
-    console.print(
-        f"Emitting two layers of Vicuna-7B's width, float16, {wide['bytes'] / 1e9:.2f} GB: "
-        f"{wide['seconds']:.1f} s, peak {wide['peak'] / 1e6:.0f} MB, of which imports "
-        f"{wide['imports'] / 1e6:.0f}; the largest tensor has {wide['largest_tensor'] / 1e6:.0f} MB"
-    )
+        print(f"  {weights}: {size / 1e6:.0f} MB, {rate:.1f} tokens/s")
 
 
 def main() -> None:
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--weights", default="float32,float16,int4")
     parser.add_argument("--hidden", type=int, default=1024, help="a multiple of 64")
     parser.add_argument("--intermediate", type=int, help="default: 8/3 of hidden, in steps of 256")
+    parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--prompt", type=int, default=1066, help="positions of a 1008x672 image's prompt")
@@ -244,12 +247,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="turns after each loading")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--wide", action="store_true", help="other defaults: Vicuna-7B's width, int4")
+    if "--wide" in sys.argv:
+        parser.set_defaults(**WIDE)
     options = parser.parse_args()
     if unknown := set(options.weights.split(",")) - runners.GENAI_PRECISION.keys():
         parser.error(f"--weights: {', '.join(unknown)} unknown; use {', '.join(runners.GENAI_PRECISION)}")
     with tempfile.TemporaryDirectory() as tmp, Progress(console=Console(stderr=True), transient=True) as bar:
         result = measure(options, Path(tmp), bar)
-    show(result, Console(width=120))
+    show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

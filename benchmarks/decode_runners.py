@@ -1,41 +1,18 @@
-"""The engines that benchmarks/decode.py compares, each with one prompt-and-decode loop, and their files.
+"""The engines that benchmarks/decode.py compares, and their files; see decode_peers.py for two of them."""
 
-Every loop is greedy over the same prompt ids: `prefill` ends with the first token, then each step runs the
-model on the last token and picks the next.
-"""
-
+import importlib.util
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from decode_loop import Run, loop
+from decode_peers import LlamaCpp, OpenVino, write_gguf, write_openvino
 
-CHECKPOINT, GPTQ, EMBEDDINGS = "checkpoint", "gptq", "embeddings.npy"
-# Groups of the GPTQ checkpoint, and of the head, which each engine rounds by itself.
-GROUP, HEAD_GROUP = 128, 32
-
-
-class Run(NamedTuple):
-    """Seconds of the prefill and of each decoding step, and the tokens."""
-
-    prefill: float
-    steps: list[float]
-    tokens: list[int]
-
-
-def _loop(prefill: Callable[[], int], step: Callable[[int], int], steps: int) -> Run:
-    start = time.perf_counter()
-    tokens, times = [prefill()], []
-    first = time.perf_counter()
-    for _ in range(steps):
-        before = time.perf_counter()
-        tokens.append(step(tokens[-1]))
-        times.append(time.perf_counter() - before)
-    return Run(first - start, times, tokens)
+CHECKPOINT, GPTQ = "checkpoint", "gptq"
+GROUP = 128
 
 
 class Ours:
@@ -45,7 +22,7 @@ class Ours:
         from uhd_export.runtime.engines.backends import open_engine
         from uhd_export.runtime.language.decoder import Decoder
 
-        self.table = np.load(folder / EMBEDDINGS, mmap_mode="r")
+        self.table = np.load(folder / f"embeddings-{weights}.npy", mmap_mode="r")
         self.engine = open_engine(folder / f"{weights}.onnx", threads=threads)
         self.decoder = Decoder(self.engine, context)
 
@@ -54,7 +31,7 @@ class Ours:
         from uhd_export.runtime.language.sampling import greedy
 
         self.decoder.rewind(0)
-        return _loop(
+        return loop(
             lambda: greedy(self.decoder.prefill(self.table[ids])),
             lambda token: greedy(self.decoder.step(self.table[token])),
             steps,
@@ -86,7 +63,7 @@ class Transformers:
             return int(out.logits[0, -1].argmax())
 
         with torch.inference_mode():
-            return _loop(lambda: forward(ids), lambda token: forward([token]), steps)
+            return loop(lambda: forward(ids), lambda token: forward([token]), steps)
 
 
 class Genai:
@@ -117,7 +94,7 @@ class Genai:
             generator.append_tokens(ids)
             return next_token()
 
-        return _loop(prefill, lambda _: next_token(), steps)
+        return loop(prefill, lambda _: next_token(), steps)
 
 
 class Bandwidth:
@@ -139,72 +116,100 @@ class Bandwidth:
         return self.array.nbytes / min(times)
 
 
-RUNNERS = {"uhd-export": Ours, "transformers": Transformers, "onnxruntime-genai": Genai}
+RUNNERS = {
+    "uhd-export": Ours,
+    "transformers": Transformers,
+    "onnxruntime-genai": Genai,
+    "openvino": OpenVino,
+    "llama.cpp": LlamaCpp,
+}
+_MODULES = {
+    "transformers": ("transformers",),
+    "onnxruntime-genai": ("onnxruntime_genai",),
+    "openvino": ("openvino", "nncf"),
+    "llama.cpp": ("llama_cpp", "gguf"),
+}
 GENAI_PRECISION = {"float32": "fp32", "float16": "fp16", "int4": "int4"}
 
 
-def write_model(folder: Path, size: dict[str, int]) -> None:
-    """A LLaMA checkpoint with random weights, a stand-in tokenizer, and its embedding table."""
+def missing(name: str) -> str | None:
+    """The module that runner `name` needs and that is not installed."""
+    return next((m for m in _MODULES.get(name, ()) if importlib.util.find_spec(m) is None), None)
+
+
+def write_model(folder: Path, weights: str, size: dict[str, int]) -> None:
+    """A LLaMA checkpoint with random weights, a stand-in tokenizer, and its embedding table.
+
+    int4: a GPTQ checkpoint, of which those who cannot read it take the dequantized weights.
+    """
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=False))
-    model.save_pretrained(folder / CHECKPOINT)
-    np.save(folder / EMBEDDINGS, model.model.embed_tokens.weight.detach().numpy())
+    config = LlamaConfig(**size, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
+    checkpoint = folder / (GPTQ if weights == "int4" else CHECKPOINT)
+    if weights == "int4":
+        from random_checkpoint import write_checkpoint
+
+        layers = size["num_hidden_layers"]
+        write_checkpoint(checkpoint, language_layers=layers, group=GROUP, vision=False, sizes=size)
+        stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+        settings = json.dumps(config.to_dict() | {"quantization_config": stated})
+        (checkpoint / "config.json").write_text(settings)
+        table = _reader(folder)("model.embed_tokens.weight")
+    elif not checkpoint.exists():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        model.save_pretrained(checkpoint)
+        table = model.model.embed_tokens.weight.detach().numpy()
+    else:  # of the same model in another type
+        table = np.load(next(folder.glob("embeddings-float*.npy")))
+    np.save(folder / f"embeddings-{weights}.npy", table)
     # genai's builder insists on one; ids are fed, so it is never used.
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size["vocab_size"])}, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder / CHECKPOINT)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(checkpoint)
 
 
-def quantize_model(folder: Path, size: dict[str, int], tokens: int = 2048, length: int = 512) -> None:
-    """A GPTQ checkpoint of the model, made by our quantizer from its own embeddings of random ids."""
+def _reader(folder: Path):
+    """Tensors of the GPTQ checkpoint by name, dequantized, in float32."""
     import torch
 
-    from uhd_export.calibration.activations import Activations
-    from uhd_export.calibration.gptq import Run
-    from uhd_export.calibration.options import GptqOptions
-    from uhd_export.calibration.sequences import Sequences
-    from uhd_export.calibration.solver import library_version
-    from uhd_export.calibration.work import Work
-    from uhd_export.calibration.writer import quantization_config, write_checkpoint
-    from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 
-    checkpoint, config, options = Checkpoint(folder / CHECKPOINT), llama_config(size), GptqOptions(GROUP)
-    table = checkpoint.tensor("model.embed_tokens.weight", torch.float32)
-    calibration, held = (
-        Activations(table[torch.randint(3, size["vocab_size"], (count,))], (length,) * (count // length))
-        for count in (tokens, length)
-    )
-    work = Work(folder / "work")
-    work.prepare({}, print)
-    states = Run.states_of(Sequences(calibration, held, (16,)))
-    Run(checkpoint, config, options, work, states, (16,)).quantize_layers(lambda done, total: None)
-    settings = json.loads((folder / CHECKPOINT / "config.json").read_text())
-    settings["quantization_config"] = quantization_config(options, library_version())
-    (folder / GPTQ).mkdir()
-    write_checkpoint(checkpoint, settings, config, work, folder / GPTQ, lambda done, total: None)
+    checkpoint = GptqCheckpoint(folder / GPTQ)
+    return lambda name: checkpoint.tensor(name, torch.float32).numpy()
 
 
-def export_ours(folder: Path, weights: str, size: dict[str, int]) -> int:
-    """Emit our graph from the checkpoint; bytes of the linear weights a step reads."""
+def export(name: str, folder: Path, weights: str, size: dict[str, int]) -> int | None:
+    """Write what runner `name` loads; of ours, the bytes of the linear weights that a step reads."""
+    if name == "uhd-export":
+        return _export_ours(folder, weights, size)
+    if name == "onnxruntime-genai":
+        _export_genai(folder, weights)
+    elif name == "openvino":
+        write_openvino(_reader(folder), folder, size)
+    elif name == "llama.cpp":
+        write_gguf(_reader(folder), folder, size)
+    return None
+
+
+def _export_ours(folder: Path, weights: str, size: dict[str, int]) -> int:
+    """Emit our graph from the checkpoint, int4 as `build` does."""
     from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
     from uhd_export.checkpoint.reader import Checkpoint
-    from uhd_export.graph.int4.formats import ByName, GptqWeights, MatMulNBits, RoundedWeights
+    from uhd_export.graph.int4.choose import linear_format, resolve
+    from uhd_export.graph.int4.options import WeightOptions
     from uhd_export.graph.language import emit_language
 
-    checkpoint, linear, dtype = Checkpoint(folder / CHECKPOINT), None, weights
-    if weights == "int4":
-        checkpoint, dtype = GptqCheckpoint(folder / GPTQ), "float32"
-        head = MatMulNBits(RoundedWeights(HEAD_GROUP))
-        linear = ByName(MatMulNBits(GptqWeights(checkpoint)), {"lm_head": head})
+    config, int4 = llama_config(size), weights == "int4"
+    checkpoint = GptqCheckpoint(folder / GPTQ) if int4 else Checkpoint(folder / CHECKPOINT)
+    form = linear_format(checkpoint, config, resolve(checkpoint, config, WeightOptions()), "onnxruntime")
     path = folder / f"{weights}.onnx"
-    emit_language(llama_config(size), checkpoint, path, dtype=dtype, linear=linear)
+    emit_language(config, checkpoint, path, dtype="float32" if int4 else weights, linear=form)
     return path.with_name(f"{path.name}.data").stat().st_size
 
 
-def export_genai(folder: Path, weights: str) -> None:
+def _export_genai(folder: Path, weights: str) -> None:
     """Run genai's model builder on the checkpoint, for int4 on the GPTQ one."""
     source = folder / (GPTQ if weights == "int4" else CHECKPOINT)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local"]
@@ -213,30 +218,6 @@ def export_genai(folder: Path, weights: str) -> None:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"onnxruntime-genai's builder failed: {done.stderr.strip().splitlines()[-1]}")
-
-
-def emit_wide(folder: Path) -> dict[str, float]:
-    """Emit two layers of Vicuna-7B's width in float16 from tensors that exist only while they are read."""
-    import torch
-
-    from uhd_export.graph.language import emit_language
-    from uhd_export.runtime.memory import peak_memory
-
-    size = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "vocab_size": 32000}
-    config = llama_config({**size, "num_attention_heads": 32, "max_position_embeddings": 4096})
-    shapes = {"q": (4096, 4096), "gate": (11008, 4096), "down": (4096, 11008), "lm": (32000, 4096)}
-    shapes |= {"k": shapes["q"], "v": shapes["q"], "o": shapes["q"], "up": shapes["gate"]}
-
-    def read(name: str) -> torch.Tensor:
-        shape = (4096,) if "norm" in name else shapes[name.split(".")[-2].split("_")[0]]
-        return torch.full(shape, 0.01, dtype=torch.bfloat16)
-
-    before, start = peak_memory(), time.perf_counter()
-    path = emit_language(config, read, folder / "wide.onnx", dtype="float16")
-    data = path.with_name(f"{path.name}.data")
-    result = {"seconds": time.perf_counter() - start, "bytes": data.stat().st_size}
-    data.unlink()
-    return result | {"peak": peak_memory(), "imports": before, "largest_tensor": 32000 * 4096 * 2}
 
 
 def llama_config(size: dict[str, int]):

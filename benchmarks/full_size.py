@@ -1,89 +1,204 @@
-"""A whole model of Vicuna-7B's size on this machine's CPU: build, one answer, profile, parity.
+"""A whole model of Vicuna-7B's size on this machine's CPU, as it was and as a preset makes it.
 
-Random weights in the official format and names (13.8 GB), int4 rounded to the nearest, everything through the
-command line as a user would call it, each command in a process of its own. Takes 20 GB of disk and, on two
-cores, about a quarter of an hour, most of it for the profile and the parity.
+Random weights in the official format and names, the language model's as a GPTQ checkpoint in groups of 128
+(5 GB). `before` is int4 weights, the head and vision in float32; `small` is `--preset small`. Each is built,
+opened cold and profiled by the command line as a user would, one after the other and each command in a
+process of its own. A profile file of each is what `uhd-export profile FILE --html PAGE` draws. Takes 20 GB of
+disk (TMPDIR says where); on two cores about twelve minutes, most of it for the profiles. --check adds the
+parity of the last variant, which takes minutes and reads everything.
 
-    python benchmarks/full_size.py [--layers 32] [--json FILE]
+    python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--profiles FOLDER]
+                                   [--check] [--json FILE]
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-IMAGE, QUESTION = ROOT / "examples" / "cards-1.png", "What is the code on the red card?"
+GROUP = 128
+VARIANTS = {
+    "before": ("--weights", "int4", "--lm-head", "dense", "--vision-weights", "dense"),
+    "balanced": ("--preset", "balanced"),
+    "small": ("--preset", "small"),
+}
+# What `small` is to reach with 32 layers, at 1008x672: limits in bytes, and ratios of before to small.
+MOST = {"peak_bytes": 5.5e9, "bundle_bytes": 4.5e9}
+LEAST = {"vision": 2.0, "first_token": 1.25, "decode": 1.4}
 
 
 def make_checkpoint(folder: Path, layers: int) -> Path:
-    """The checkpoint, with the embedded model's tokenizer: its ids are a part of the vocabulary's."""
-    from random_checkpoint import write_checkpoint
+    """The checkpoint, with the embedded model's tokenizer, filled up to the vocabulary with unused words."""
+    from random_checkpoint import VICUNA_7B, write_checkpoint
 
     from uhd_export.checkpoint.source import EMBEDDED
 
-    write_checkpoint(folder, language_layers=layers)
-    shutil.copy(EMBEDDED / "tokenizer.json", folder)
+    write_checkpoint(folder, language_layers=layers, group=GROUP)
+    tokenizer = json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    words |= {f"unused{number}": number for number in range(len(words), VICUNA_7B["vocab_size"])}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return folder
 
 
-def command(*arguments: object) -> dict:
-    """Run `uhd-export` with `arguments`: seconds, and what it printed."""
+def command(*arguments: object) -> dict[str, Any]:
+    """Run `uhd-export` with `arguments`: seconds, its peak of memory, and what it printed."""
+    print(f"uhd-export {' '.join(str(part) for part in arguments)}", file=sys.stderr)
     start = time.perf_counter()
-    run = [sys.executable, "-P", "-m", "uhd_export", *arguments]
-    done = subprocess.run([str(part) for part in run], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"uhd-export {arguments[0]}: {done.stderr.strip()}")
-    return {"seconds": time.perf_counter() - start, "printed": done.stdout}
+    run = [sys.executable, "-P", "-m", "uhd_export", *(str(part) for part in arguments)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(run, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        for stream in (out, errors):
+            stream.seek(0)
+        if process.returncode:
+            sys.exit(f"uhd-export {arguments[0]}: {errors.read().strip()}")
+        return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "printed": out.read()}
 
 
-def measure(folder: Path, layers: int) -> dict:
-    """All four, the checkpoint's writing aside."""
-    checkpoint, bundle = make_checkpoint(folder / "checkpoint", layers), folder / "bundle"
-    build = command("build", checkpoint, "-o", bundle, "--weights", "int4-rtn", "--no-verify")
-    sizes = {path.name: path.stat().st_size for path in sorted(bundle.iterdir())}
-    run = command("run", bundle, IMAGE, QUESTION, "--max-new-tokens", 8)
-    profile = command("profile", bundle, "--repeats", 2, "--tokens", 8, "--json")
-    check = command("check", bundle)
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Each variant built and profiled, with the same checkpoint and images."""
+    start = time.perf_counter()
+    checkpoint = make_checkpoint(folder / "checkpoint", options.layers)
+    written, variants = time.perf_counter() - start, {}
+    bundles = {name: folder / name for name in options.variant}
+    for name, bundle in bundles.items():
+        build = command("build", checkpoint, "-o", bundle, "--no-verify", *VARIANTS[name])
+        files = {path.name: path.stat().st_size for path in sorted(bundle.iterdir())}
+        variants[name] = {
+            "arguments": " ".join(VARIANTS[name]),
+            "build_seconds": build["seconds"],
+            "build_peak_bytes": build["peak_bytes"],
+            "files": files,
+            "bundle_bytes": sum(files.values()),
+        }
+    shutil.rmtree(checkpoint)  # room for files in the system's cache
+    for name, bundle in bundles.items():
+        asked = ("--grid", "selective", "--repeats", options.repeats, "--tokens", options.tokens)
+        profile = command("profile", bundle, *asked, "--json")
+        facts = json.loads(profile["printed"])
+        variants[name] |= {"profile_seconds": profile["seconds"], **figures(facts), "profile": facts}
+    check = command("check", bundle) if options.check else None
     return {
-        "layers": layers,
-        "build_seconds": build["seconds"],
-        "bundle_bytes": sizes,
-        "run_seconds": run["seconds"],
-        "profile": json.loads(profile["printed"]),
-        "check_seconds": check["seconds"],
-        "check": check["printed"].splitlines(),
+        "layers": options.layers,
+        "group": GROUP,
+        "machine": facts["machine"],
+        "checkpoint_seconds": written,
+        "variants": variants,
+        "ratios": ratios(variants),
+        "check": check and {"seconds": check["seconds"], "lines": check["printed"].splitlines()},
     }
 
 
-def show(result: dict) -> None:
-    """What a reader wants to know first."""
-    size = sum(result["bundle_bytes"].values())
-    print(f"{result['layers']} layers: built in {result['build_seconds']:.0f} s, {size / 1e9:.2f} GB")
-    print(f"run, from the command to 8 tokens of the answer: {result['run_seconds']:.0f} s")
-    for mode in result["profile"]["modes"]:
-        stages = ", ".join(f"{n} {s['seconds']['median']:.2f}" for n, s in mode["stages"].items())
-        peak = "not taken" if mode["peak_bytes"] is None else f"{mode['peak_bytes'] / 1e9:.2f} GB"
-        print(
-            f"{mode['grid_mode']}: first token {mode['first_token']['median']:.1f} s ({stages}), "
-            f"{mode['tokens_per_second']:.1f} tokens/s, peak {peak}"
-        )
-    print("\n".join(result["check"]))
+def figures(facts: dict[str, Any]) -> dict[str, Any]:
+    """What is compared, of a profile with one grid mode; seconds at the median, the peak of a cold answer."""
+    (mode,) = facts["modes"]
+    seconds = {name: stage["seconds"]["median"] for name, stage in mode["stages"].items()}
+    cold = mode["cold"]
+    return {
+        "seconds": seconds | {"first_token": mode["first_token"]["median"]},
+        "tokens_per_second": mode["tokens_per_second"],
+        "peak_bytes": mode["peak_bytes"],
+        "open_seconds": cold and cold["open_seconds"],
+        "cold_first_token_seconds": cold and cold["first_token_seconds"],
+        "busy_with_others": facts["others"],
+    }
+
+
+def ratios(variants: dict[str, Any]) -> dict[str, Any]:
+    """How many times as fast as `before` each other variant is, by stage."""
+    before = variants.get("before")
+    return {
+        name: {
+            stage: before["seconds"][stage] / seconds
+            for stage, seconds in one["seconds"].items()
+            if seconds and stage in before["seconds"]
+        }
+        for name, one in variants.items()
+        if before is not None and name != "before"
+    }
+
+
+COLUMNS = (
+    ("build s", lambda one: f"{one['build_seconds']:.0f}"),
+    ("bundle GB", lambda one: f"{one['bundle_bytes'] / 1e9:.2f}"),
+    ("peak GB", lambda one: "-" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e9:.2f}"),
+    ("open s", lambda one: "-" if one["open_seconds"] is None else f"{one['open_seconds']:.1f}"),
+    ("vision s", lambda one: f"{one['seconds']['vision']:.2f}"),
+    ("prefill s", lambda one: f"{one['seconds']['prefill']:.1f}"),
+    ("first token s", lambda one: f"{one['seconds']['first_token']:.1f}"),
+    ("step ms", lambda one: f"{1e3 * one['seconds']['decode']:.0f}"),
+    ("tokens/s", lambda one: f"{one['tokens_per_second']:.2f}"),
+)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Rows of Markdown, and what was to be reached."""
+    print(f"\n{result['layers']} layers of Vicuna-7B's width, 1008x672, {result['machine']['processor']}, ")
+    print(f"{result['machine']['threads']} threads; the checkpoint was written in ", end="")
+    print(f"{result['checkpoint_seconds']:.0f} s\n")
+    print("| variant | " + " | ".join(title for title, _ in COLUMNS) + " |")
+    print("|---|" + "---:|" * len(COLUMNS))
+    for name, one in result["variants"].items():
+        print(f"| {name} | " + " | ".join(cell(one) for _, cell in COLUMNS) + " |")
+    for name, found in result["ratios"].items():
+        text = ", ".join(f"{stage} {ratio:.2f}x" for stage, ratio in found.items() if stage != "pixels")
+        print(f"\n{name}, times as fast as before: {text}")
+    for target, reached in targets(result).items():
+        print(f"- {target}: {reached}")
+    for name, one in result["variants"].items():
+        for warning in one["profile"]["warnings"]:
+            print(f"{name}: {warning}")
+    if result["check"]:
+        print("\n".join(result["check"]["lines"]))
+
+
+def targets(result: dict[str, Any]) -> dict[str, str]:
+    """What `small` is to reach, and whether it does; empty for a cut or without both variants."""
+    small = result["variants"].get("small")
+    if result["layers"] != 32 or small is None or "small" not in result["ratios"]:
+        return {}
+    found = {}
+    for field, most in MOST.items():
+        value = small[field]
+        reached = "not taken" if value is None else f"{value / 1e9:.2f} ({'yes' if value <= most else 'NO'})"
+        found[f"{field} at most {most / 1e9:.1f} GB"] = reached
+    for stage, least in LEAST.items():
+        ratio = result["ratios"]["small"][stage]
+        found[f"{stage} at least {least:g}x"] = f"{ratio:.2f}x ({'yes' if ratio >= least else 'NO'})"
+    return found
 
 
 def main() -> None:
     """Measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32, help="of the language model; 32 is Vicuna-7B")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: before and small")
+    parser.add_argument("--repeats", type=int, default=2, help="of an answer, after warming up")
+    parser.add_argument("--tokens", type=int, default=16, help="decoded in each answer")
+    parser.add_argument("--profiles", type=Path, help="folder for a profile file of each variant")
+    parser.add_argument("--check", action="store_true", help="parity of the last variant too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.variant = options.variant or ["before", "small"]
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options.layers)
+        result = measure(options, Path(folder))
     show(result)
+    if options.profiles:
+        options.profiles.mkdir(parents=True, exist_ok=True)
+        for name, one in result["variants"].items():
+            path = options.profiles / f"full-size-{name}.json"
+            path.write_text(json.dumps(one["profile"], indent=1) + "\n", encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

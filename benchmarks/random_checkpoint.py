@@ -1,12 +1,16 @@
 """Checkpoints of any size with random weights, in the official format, for benchmarks."""
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from uhd_export.checkpoint.config import parse_config
+from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.reader import PROJECTOR_PREFIX, VISION_PREFIX
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.model.language import LanguageModel
@@ -24,10 +28,21 @@ VICUNA_7B = {
 }
 
 
-def write_checkpoint(folder: Path, *, mask: int = 7, language_layers: int = 0, seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path,
+    *,
+    mask: int = 7,
+    language_layers: int = 0,
+    group: int | None = None,
+    vision: bool = True,
+    sizes: Mapping[str, int] = MappingProxyType(VICUNA_7B),
+    seed: int = 0,
+) -> Path:
     """Write ViT-L/14-336 and a D = 4096 projector with random weights, bfloat16, into `folder`.
 
-    `language_layers` layers of Vicuna-7B's width follow; with none the language model is left out.
+    `language_layers` layers of Vicuna-7B's width follow; with none the language model is left out. With
+    `group` their linear layers are GPTQ's integers in groups of so many inputs: a quarter of the bytes.
+    Without `vision` they are alone. `sizes` are fields of the language model's config.
     """
     config = {
         "model_type": "llava_llama",
@@ -39,34 +54,81 @@ def write_checkpoint(folder: Path, *, mask: int = 7, language_layers: int = 0, s
         "num_hidden_layers": max(language_layers, 1),
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
-        **VICUNA_7B,
+        **sizes,
     }
     parsed = parse_config(config, KNOWN_TOWERS[TOWER])
     with torch.device("meta"):
-        parts = [
+        parts: list[tuple[torch.nn.Module, str]] = [
             (VisionTower(parsed.vision), VISION_PREFIX),
             (HiwinProjector(parsed.projector), PROJECTOR_PREFIX),
-        ]
+        ][: 2 * vision]
         if language_layers:
             parts.append((LanguageModel(parsed.language), ""))
+    if group is not None:
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": group,
+            "sym": True,
+            "desc_act": False,
+            "checkpoint_format": "gptq",
+        }
+    quantized = {} if group is None else linear_shapes(parsed.language)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, parts, torch.Generator().manual_seed(seed))
+    _write_shards(folder, _tensors(parts, quantized, group or 1, seed))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 
-def _write_shards(folder: Path, parts: list[tuple[torch.nn.Module, str]], generator: torch.Generator) -> None:
-    """Random tensors for the parameters of `parts`, a shard in memory at a time, and their index."""
+Tensors = Iterator[tuple[str, Callable[[], torch.Tensor]]]
+
+
+def _tensors(
+    parts: list[tuple[torch.nn.Module, str]], quantized: dict[str, tuple[int, int]], group: int, seed: int
+) -> Tensors:
+    """Names, and what makes each tensor: of the parameters, or of GPTQ's integers in their place."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = np.random.default_rng(seed)
+    for module, prefix in parts:
+        for name, parameter in module.named_parameters():
+            linear = (prefix + name).removesuffix(".weight")
+            if linear in quantized:
+                yield from _gptq(linear, *quantized[linear], group, integers)
+            else:
+                shape = tuple(parameter.shape)
+                yield prefix + name, lambda name=name, shape=shape: _random(name, shape, generator)
+
+
+def _gptq(name: str, outputs: int, inputs: int, group: int, random: np.random.Generator) -> Tensors:
+    """Codes drawn evenly, zero points in the middle, scales for outputs of order one."""
+
+    def codes() -> torch.Tensor:
+        return torch.from_numpy(random.integers(-(2**31), 2**31, (inputs // 8, outputs), np.int32))
+
+    scale = 12**0.5 / 16 / inputs**0.5
+    yield f"{name}.qweight", codes
+    yield f"{name}.qzeros", lambda: torch.full((inputs // group, outputs // 8), 0x77777777, dtype=torch.int32)
+    yield f"{name}.scales", lambda: torch.full((inputs // group, outputs), scale, dtype=torch.float16)
+    yield f"{name}.g_idx", lambda: torch.arange(inputs, dtype=torch.int32) // group
+
+
+def _write_shards(folder: Path, made: Tensors) -> None:
+    """The tensors, a shard in memory at a time, and their index."""
     where: dict[str, str] = {}
     tensors: dict[str, torch.Tensor] = {}
-    shapes = [(prefix, name, p.shape) for module, prefix in parts for name, p in module.named_parameters()]
-    for i, (prefix, name, shape) in enumerate(shapes, start=1):
-        tensors[prefix + name] = _random(name, tuple(shape), generator)
-        if i == len(shapes) or sum(tensor.nbytes for tensor in tensors.values()) > SHARD_BYTES:
-            file = f"model-{i:05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file)
-            tensors.clear()
+
+    def write() -> None:
+        file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+        tensors.clear()
+
+    for name, make in made:
+        tensors[name] = make()
+        if sum(tensor.nbytes for tensor in tensors.values()) > SHARD_BYTES:
+            write()
+    if tensors:
+        write()
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

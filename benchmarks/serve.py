@@ -21,36 +21,38 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("wide", "nano")
 LAYERS, GROUP, CONTEXT = 4, 128, 256
 CALLERS, PROMPT, ANSWER = 8, 64, 48
+BATCHES, STEPS = (1, 2, 4, 8), 10
 HTTP_CALLERS, HTTP_REQUESTS, HTTP_ANSWER = (1, 4, 16), 32, 48
 
 
 def emit_wide(folder: Path) -> None:
-    """The language graph and its embeddings in `folder`."""
+    """The language graph as `build` writes it of a GPTQ checkpoint, and its embeddings, in `folder`."""
     import numpy as np
     from random_checkpoint import write_checkpoint
 
     from uhd_export.checkpoint.config import read_config
-    from uhd_export.checkpoint.reader import Checkpoint
-    from uhd_export.graph.int4.formats import MatMulNBits, RoundedWeights
+    from uhd_export.checkpoint.int4.gptq import open_checkpoint
+    from uhd_export.graph.int4.choose import linear_format, resolve
+    from uhd_export.graph.int4.options import WeightOptions
     from uhd_export.graph.language import emit_language
 
-    write_checkpoint(folder, language_layers=LAYERS)
-    config, checkpoint = read_config(folder).language, Checkpoint(folder)
-    form = MatMulNBits(RoundedWeights(GROUP), accuracy_level=4)
+    write_checkpoint(folder, language_layers=LAYERS, group=GROUP, vision=False)
+    config, checkpoint = read_config(folder).language, open_checkpoint(folder)
+    form = linear_format(checkpoint, config, resolve(checkpoint, config, WeightOptions()), "onnxruntime")
     emit_language(config, checkpoint, folder / "language.onnx", linear=form, context=CONTEXT)
     table = np.random.default_rng(0).standard_normal((config.vocab, config.hidden)).astype(np.float16)
     np.save(folder / "embeddings.npy", table)
 
 
-def run_wide(folder: Path, slots: int, threads: int, rounds: int) -> list[dict]:
-    """`CALLERS` requests on `slots` slots, in each round: seconds, and what each answer took."""
+def run_wide(folder: Path, engine: Any, slots: int, turn: int) -> dict:
+    """`CALLERS` requests on `slots` slots: seconds, and what each answer took."""
     from uhd_export.checkpoint.source import EMBEDDED
-    from uhd_export.runtime.engines.backends import open_engine
     from uhd_export.runtime.language.embeddings import EmbeddingTable
     from uhd_export.runtime.language.prompt import load_tokenizer
     from uhd_export.runtime.language.sequence import PromptSequence
@@ -60,33 +62,52 @@ def run_wide(folder: Path, slots: int, threads: int, rounds: int) -> list[dict]:
     from uhd_export.runtime.serving.scheduling.request import Request
     from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 
-    tokenizer = load_tokenizer(EMBEDDED / "tokenizer.json")
-    found = []
-    with open_engine(folder / "language.onnx", threads=threads) as engine:
-        scheduler = Scheduler(
-            Rows(engine, slots, CONTEXT),
-            engine,
-            lambda on_done: VisionWorker(None, on_done),  # no images here
-            EmbeddingTable(folder / "embeddings.npy"),
-            tokenizer,
-            (),
-            encoded=EncodedImages(0),
-            limits=Limits(),
-        )
-        for turn in range(rounds + 1):
-            ids = [
-                [3 + (7919 * (turn * CALLERS + c) + 31 * i) % 30000 for i in range(PROMPT)]
-                for c in range(CALLERS)
-            ]
+    scheduler = Scheduler(
+        Rows(engine, slots, CONTEXT),
+        engine,
+        lambda on_done: VisionWorker(None, on_done),  # no images here
+        EmbeddingTable(folder / "embeddings.npy"),
+        load_tokenizer(EMBEDDED / "tokenizer.json"),
+        (),
+        encoded=EncodedImages(0),
+        limits=Limits(),
+    )
+    ids = [
+        [3 + (7919 * (turn * CALLERS + c) + 31 * i) % 30000 for i in range(PROMPT)] for c in range(CALLERS)
+    ]
+    start = time.perf_counter()
+    streams = [scheduler.submit(Request(PromptSequence(one, []), max_tokens=ANSWER)) for one in ids]
+    for stream in streams:
+        stream.text()
+    seconds = time.perf_counter() - start
+    scheduler.close()
+    return describe(seconds, [ANSWER] * CALLERS, [stream.summary.total for stream in streams])
+
+
+def measure_step(folder: Path, threads: int, count: int) -> dict:
+    """One step of `count` rows, apart from the scheduler: seconds (median), and by operator (mean)."""
+    import numpy as np
+
+    from uhd_export.runtime.engines.backends import open_engine
+    from uhd_export.runtime.serving.rows import Rows
+
+    random, seconds, warm = np.random.default_rng(0), [], 3
+    with open_engine(folder / "language.onnx", threads=threads, profile=folder / f"step{count}") as engine:
+        rows = Rows(engine, count, CONTEXT)
+        for row in range(count):
+            rows.append(row, random.standard_normal((PROMPT, rows.hidden), np.float32))
+        for _ in range(warm + STEPS):
             start = time.perf_counter()
-            streams = [scheduler.submit(Request(PromptSequence(one, []), max_tokens=ANSWER)) for one in ids]
-            for stream in streams:
-                stream.text()
-            seconds = time.perf_counter() - start
-            if turn:  # the first warms up
-                found.append(describe(seconds, [ANSWER] * CALLERS, [s.summary.total for s in streams]))
-        scheduler.close()
-    return found
+            rows.step(range(count), random.standard_normal((count, rows.hidden), np.float32))
+            seconds.append(time.perf_counter() - start)
+        events = json.loads(engine.end_profile().read_text(encoding="utf-8"))
+    by_operator: dict[str, float] = {}
+    first = sorted(event["ts"] for event in events if event["name"] == "model_run")[-STEPS]
+    for event in events:
+        if event.get("cat") == "Node" and event["ts"] >= first:
+            operator = event["args"]["op_name"]
+            by_operator[operator] = by_operator.get(operator, 0.0) + event["dur"] / 1e6 / STEPS
+    return {"seconds": statistics.median(seconds[warm:]), "by_operator": by_operator}
 
 
 def describe(seconds: float, tokens: list[int], latencies: list[float]) -> dict:
@@ -100,13 +121,19 @@ def describe(seconds: float, tokens: list[int], latencies: list[float]) -> dict:
 
 
 def measure_wide(threads: int, rounds: int) -> dict:
-    """8 slots and one, taking turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        emit_wide(Path(folder))
-        together, alone = [], []
-        for _ in range(rounds):
-            alone += run_wide(Path(folder), 1, threads, 1)
-            together += run_wide(Path(folder), CALLERS, threads, 1)
+    """One slot and 8 on one engine, taking turns, and what a step of either takes."""
+    from uhd_export.runtime.engines.backends import open_engine
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        emit_wide(folder)
+        alone, together = [], []
+        with open_engine(folder / "language.onnx", threads=threads) as engine:
+            for turn in range(rounds + 1):  # the first warms up
+                alone.append(run_wide(folder, engine, 1, turn))
+                together.append(run_wide(folder, engine, CALLERS, turn))
+        steps = {count: measure_step(folder, threads, count) for count in BATCHES}
+    alone, together = alone[1:], together[1:]
     ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in zip(alone, together, strict=True)]
     return {
         "layers": LAYERS,
@@ -118,6 +145,7 @@ def measure_wide(threads: int, rounds: int) -> dict:
         "together": together,
         "speedup": statistics.median(ratios),
         "speedups": ratios,
+        "steps": steps,
     }
 
 
@@ -201,11 +229,20 @@ def show(part: str, result: dict) -> None:
             rates = [one["tokens_per_second"] for one in result[name]]
             print(f"wide, {name.replace('_', ' ')}: {statistics.median(rates):.1f} tokens/s")
         print(f"wide: {result['speedup']:.2f} times as many at {result['callers']} callers")
+        one = result["steps"][1]["seconds"]
+        print("\n| rows of a step | ms | times the tokens/s | where |\n|---:|---:|---:|---|")
+        for count, step in result["steps"].items():
+            most = sorted(step["by_operator"].items(), key=lambda item: -item[1])[:3]
+            where = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in most)
+            print(
+                f"| {count} | {1e3 * step['seconds']:.1f} | {count * one / step['seconds']:.2f} | {where} |"
+            )
         return
+    print("\n| nano over HTTP | tokens/s | answer s, median | longest |\n|---|---:|---:|---:|")
     for name, one in result["ways"].items():
         print(
-            f"nano, {name}: {one['tokens_per_second']:.0f} tokens/s, an answer in "
-            f"{one['latency_median']:.2f} s (median), {one['latency_max']:.2f} s (longest)"
+            f"| {name} | {one['tokens_per_second']:.0f} | {one['latency_median']:.2f} "
+            f"| {one['latency_max']:.2f} |"
         )
 
 
