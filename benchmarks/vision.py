@@ -1,12 +1,17 @@
-"""The exported vision path against the released computation, side by side at real size.
+"""The exported vision path against the released computation, and against OpenVINO, side by side at real size.
 
-ViT-L/14-336, D = 4096, random weights, float32, on this machine's CPU: `folded` is our vision.onnx
-in ONNX Runtime, `eager` the released computation in eager PyTorch. For each workload both run in processes of
-their own (so that peak memory is their own), and they take turns, so a machine that slows down slows both.
-Before the turns that count, both run one crop. By default three turns count of the crop, two of the image,
-which takes eager minutes.
+ViT-L/14-336, D = 4096, random weights, on this machine's CPU. Sides: `eager` is the released computation in
+eager PyTorch, float32; `folded` is our vision.onnx in ONNX Runtime, float32; `int8` the same as
+`--vision-weights int8` writes it; `openvino-bf16` and `openvino-int8` are OpenVINO on our graph with its
+functions inline, in its default types and quantized by NNCF on two crops. For each workload all run in
+processes of their own (so that peak memory is their own), and they take turns, so a machine that slows down
+slows all. Before the turns that count, each runs one crop. By default three turns count of the crop, two of
+the image, which takes eager minutes. The error is the tokens' against the first side's.
 
     python benchmarks/vision.py [--masks 7,5] [--repeats 3] [--crop-only] [--json FILE]
+    python benchmarks/vision.py --masks 7 --sides folded,int8,openvino-bf16,openvino-int8
+
+OpenVINO is optional: `pip install openvino nncf`.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +29,6 @@ import numpy as np
 from random_checkpoint import write_checkpoint
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from uhd_export.runtime.memory import peak_memory
 from uhd_export.runtime.profiling.machine import machine
@@ -109,21 +113,20 @@ class Eager:
 class Folded:
     """vision.onnx in ONNX Runtime, traced: that costs microseconds a node, where a run takes seconds."""
 
+    name = "vision.onnx"
+
     def __init__(self, folder: Path, threads: int) -> None:
         from uhd_export.runtime.engines.backends import open_engine
 
         self.traces = tempfile.TemporaryDirectory()
-        path, prefix = folder / "vision.onnx", Path(self.traces.name) / "vision"
+        path, prefix = folder / self.name, Path(self.traces.name) / "vision"
         self.engine = open_engine(path, threads=threads, profile=prefix)
 
     def run(self, batches: Batches) -> Run:
         """Encode every batch of crops."""
-        from uhd_export.runtime.image.geometry import crop_geometry
-
         seconds, tokens = 0.0, []
-        for batch, rows, cols in batches:
-            geometry = {k: v for k, v in crop_geometry(rows, cols).items() if k in self.engine.inputs}
-            feeds = {"pixels": pixels_for(batch, rows, cols), **geometry}
+        for batch in batches:
+            feeds = feeds_for(*batch, self.engine.inputs)
             start = time.perf_counter()
             tokens.append(self.engine.infer(feeds)["tokens"])
             seconds += time.perf_counter() - start
@@ -134,6 +137,59 @@ class Folded:
         events = json.loads(self.engine.end_profile().read_text(encoding="utf-8"))
         self.traces.cleanup()
         return stage_shares(events, runs)
+
+
+class Int8(Folded):
+    """The same in 8 bits."""
+
+    name = "int8.onnx"
+
+
+class OpenVino:
+    """OpenVINO in its default types: bfloat16 where the processor multiplies it."""
+
+    name = "vision.xml"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        model = openvino.Core().compile_model(folder / self.name, "CPU", settings)
+        self.names = {name for port in model.inputs for name in port.names}
+        self.request = model.create_infer_request()
+
+    def run(self, batches: Batches) -> Run:
+        """Encode every batch of crops."""
+        seconds, tokens = 0.0, []
+        for batch in batches:
+            feeds = feeds_for(*batch, self.names)
+            start = time.perf_counter()
+            tokens.append(self.request.infer(feeds)["tokens"].copy())
+            seconds += time.perf_counter() - start
+        return Run(seconds, {}, tokens)
+
+
+class OpenVinoInt8(OpenVino):
+    """Quantized by NNCF."""
+
+    name = "vision-int8.xml"
+
+
+SIDES = {
+    "eager": Eager,
+    "folded": Folded,
+    "int8": Int8,
+    "openvino-bf16": OpenVino,
+    "openvino-int8": OpenVinoInt8,
+}
+
+
+def feeds_for(batch: int, rows: int, cols: int, names: Collection[str]) -> dict[str, np.ndarray]:
+    """What a graph with inputs `names` takes for equal crops."""
+    from uhd_export.runtime.image.geometry import crop_geometry
+
+    geometry = {k: v for k, v in crop_geometry(rows, cols).items() if k in names}
+    return {"pixels": pixels_for(batch, rows, cols), **geometry}
 
 
 def serve(kind: type, folder: Path, threads: int, pipe: mp.connection.Connection) -> None:
@@ -168,37 +224,75 @@ class Worker:
         self.process.join()
 
 
-def export(folder: Path) -> None:
-    """Emit vision.onnx beside the checkpoint."""
+def export(folder: Path, sides: Sequence[str]) -> None:
+    """Emit beside the checkpoint what `sides` load."""
     from uhd_export.checkpoint.config import read_config
+    from uhd_export.checkpoint.options import ImageOptions
     from uhd_export.checkpoint.reader import Checkpoint
+    from uhd_export.graph.inline import inline_functions
+    from uhd_export.graph.int8.calibrate import calibrate_vision
     from uhd_export.graph.vision import emit_vision
+    from uhd_export.runtime.image.pattern import pattern
 
-    emit_vision(read_config(folder), Checkpoint(folder), folder / "vision.onnx")
+    config, checkpoint = read_config(folder), Checkpoint(folder)
+    emit_vision(config, checkpoint, folder / Folded.name)
+    if "int8" in sides:
+        images = [pattern(1008, 672)]
+        plan = calibrate_vision(config, checkpoint, config.settings(ImageOptions()), images, folder)
+        products = plan.products("onnxruntime")
+        emit_vision(config, plan.view(checkpoint), folder / Int8.name, products=products)
+        print(f"int8: {len(plan.record.int8)} products in 8 bits, {len(plan.record.dense)} dense")
+    if any(side.startswith("openvino") for side in sides):
+        inline_functions(folder / Folded.name)
+        export_openvino(folder, "openvino-int8" in sides)
+
+
+def export_openvino(folder: Path, int8: bool) -> None:
+    """OpenVINO's files of the inlined vision.onnx."""
+    import openvino
+
+    model = openvino.Core().read_model(folder / Folded.name)
+    openvino.save_model(model, folder / OpenVino.name, compress_to_fp16=False)
+    if int8:
+        import nncf
+
+        names = {name for port in model.inputs for name in port.names}
+        crops = nncf.Dataset([feeds_for(1, rows, cols, names) for _, rows, cols in (CROP[0], (1, 19, 29))])
+        quantized = nncf.quantize(model, crops, model_type=nncf.ModelType.TRANSFORMER, subset_size=2)
+        openvino.save_model(quantized, folder / OpenVinoInt8.name)
 
 
 def measure(
-    mask: int, threads: int, workloads: dict[str, Workload], progress: Progress, folder: Path
+    mask: int,
+    threads: int,
+    workloads: dict[str, Workload],
+    sides: Sequence[str],
+    progress: Progress,
+    folder: Path,
 ) -> list[dict]:
     """Rows of results for one mask, whose files go into `folder`: each workload's times and memory."""
-    turns = sum(workload.repeats for workload in workloads.values())
-    task = progress.add_task(f"mask {mask}: export", total=1 + 2 * (len(workloads) + turns))
+    turns = sum(workload.repeats + 1 for workload in workloads.values())
+    task = progress.add_task(f"mask {mask}: export", total=1 + len(sides) * turns)
     write_checkpoint(folder, mask=mask)
-    exporter = mp.get_context("spawn").Process(target=export, args=(folder,))
+    exporter = mp.get_context("spawn").Process(target=export, args=(folder, sides))
     exporter.start()
     exporter.join()
+    if exporter.exitcode:
+        raise SystemExit("the export failed; see above")
     progress.advance(task)
     rows = []
     for name, workload in workloads.items():
         progress.update(task, description=f"mask {mask}: {name}")
-        row = compare(workload, folder, threads, lambda: progress.advance(task))
+        row = compare(workload, folder, threads, sides, lambda: progress.advance(task))
         rows.append({"mask": mask, "workload": name, **row})
     return rows
 
 
-def compare(workload: Workload, folder: Path, threads: int, on_run: Callable[[], None]) -> dict:
-    """Both sides on one workload, in turns."""
-    workers = {side: Worker(kind, folder, threads) for side, kind in (("eager", Eager), ("folded", Folded))}
+def compare(
+    workload: Workload, folder: Path, threads: int, sides: Sequence[str], on_run: Callable[[], None]
+) -> dict:
+    """All sides on one workload, in turns."""
+    workers = {side: Worker(SIDES[side], folder, threads) for side in sides}
     runs, peaks = {side: [] for side in workers}, {}
     for worker in workers.values():
         worker.call("run", CROP)
@@ -208,76 +302,60 @@ def compare(workload: Workload, folder: Path, threads: int, on_run: Callable[[],
             result, peaks[side] = worker.call("run", workload.batches)
             runs[side].append(result)
             on_run()
-    shares, _ = workers["folded"].call("shares", workload.repeats * len(workload.batches))
+    shares = {
+        side: workers[side].call("shares", workload.repeats * len(workload.batches))[0]
+        for side in workers
+        if issubclass(SIDES[side], Folded)
+    }
     for worker in workers.values():
         worker.close()
     return summarise(runs, peaks, shares)
 
 
-def summarise(runs: dict[str, list[Run]], peaks: dict[str, int], shares: dict[str, float]) -> dict:
-    """Medians and spread, ratio of runs taken in turn, and the difference of the tokens."""
-    out: dict = {"runs_a_side": len(runs["eager"])}
-    for name, several in runs.items():
+def summarise(runs: dict[str, list[Run]], peaks: dict[str, int], shares: dict[str, dict[str, float]]) -> dict:
+    """Medians and spread by side, ratios of runs taken in turn and the tokens' error, both to the first's."""
+    first = next(iter(runs))
+    exact = np.concatenate([tokens.reshape(-1) for tokens in runs[first][0].tokens])
+    sides = {}
+    for side, several in runs.items():
         seconds = [run.seconds for run in several]
+        median = statistics.median(seconds)
         stages = {s: statistics.median(run.stages[s] for run in several) for s in several[0].stages}
-        out[name] = {
-            "seconds": statistics.median(seconds),
+        stages |= {stage: share * median for stage, share in shares.get(side, {}).items()}
+        tokens = np.concatenate([tokens.reshape(-1) for tokens in several[0].tokens])
+        sides[side] = {
+            "seconds": median,
             "runs": seconds,
             "stages": stages,
-            "peak": peaks[name],
+            "peak": peaks[side],
+            "ratio": statistics.median(
+                a.seconds / b.seconds for a, b in zip(runs[first], several, strict=True)
+            ),
+            "relative_error": float(np.linalg.norm(tokens - exact) / np.linalg.norm(exact)),
         }
-    out["folded"]["stages"] = {stage: share * out["folded"]["seconds"] for stage, share in shares.items()}
-    projector = {side: out[side]["stages"]["jbu"] + out[side]["stages"]["hiwin"] for side in runs}
-    out["projector_ratio"] = projector["eager"] / projector["folded"]
-    out["hiwin_ratio"] = out["eager"]["stages"]["hiwin"] / out["folded"]["stages"]["hiwin"]
-    pairs = zip(runs["eager"], runs["folded"], strict=True)
-    out["vision_ratio"] = statistics.median(a.seconds / b.seconds for a, b in pairs)
-    a, b = (np.concatenate([t.reshape(-1) for t in runs[side][0].tokens]) for side in ("folded", "eager"))
-    out["relative_error"] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    return out
+    return {"runs_a_side": len(runs[first]), "sides": sides}
 
 
-def show(rows: list[dict], console: Console) -> None:
-    """Print the table."""
-    table = Table(
-        title="Vision path at real size: released computation in eager PyTorch / folded ONNX, seconds"
-    )
-    for column in (
-        "mask",
-        "workload",
-        "runs",
-        "ViT",
-        "JBU",
-        "Hiwin",
-        "all",
-        "projector ratio",
-        "vision ratio",
-        "peak GB",
-        "error",
-    ):
-        table.add_column(column, justify="left" if column == "workload" else "right")
+def show(rows: list[dict]) -> None:
+    """Print a table in Markdown."""
+    columns = ("ViT s", "JBU s", "Hiwin s", "all s", "times the first", "peak GB", "error")
+    print(f"\n| mask | workload | side | {' | '.join(columns)} |\n|---|---|---|{'---:|' * len(columns)}")
     for row in rows:
-        eager, folded = row["eager"], row["folded"]
-        pairs = [f"{eager['stages'][s]:.2f} / {folded['stages'][s]:.2f}" for s in STAGES]
-        table.add_row(
-            str(row["mask"]),
-            row["workload"],
-            str(row["runs_a_side"]),
-            *pairs,
-            f"{eager['seconds']:.2f} / {folded['seconds']:.2f}",
-            f"{row['projector_ratio']:.1f}x",
-            f"{row['vision_ratio']:.2f}x",
-            f"{eager['peak'] / 1e9:.1f} / {folded['peak'] / 1e9:.1f}",
-            f"{row['relative_error']:.0e}",
-        )
-    console.print(table)
-    console.print("Projector is JBU and Hiwin. Folded stages: shares of a trace of the same runs.")
+        for name, side in row["sides"].items():
+            stages = [f"{side['stages'][s]:.2f}" if s in side["stages"] else "-" for s in STAGES]
+            print(
+                f"| {row['mask']} | {row['workload']} | {name} | {' | '.join(stages)} "
+                f"| {side['seconds']:.2f} ({min(side['runs']):.2f}-{max(side['runs']):.2f}) "
+                f"| {side['ratio']:.2f} | {side['peak'] / 1e9:.1f} | {side['relative_error']:.0e} |"
+            )
+    print("\nStages of our graph are shares of a trace of the same runs.")
 
 
 def main() -> None:
     """Parse options, measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--masks", default="7,5")
+    parser.add_argument("--sides", default="eager,folded", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--repeats", type=int, help="default: 3 for the crop, 2 for the image")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
@@ -286,13 +364,15 @@ def main() -> None:
     workloads = dict(list(WORKLOADS.items())[:1]) if options.crop_only else WORKLOADS
     if options.repeats is not None:
         workloads = {name: w._replace(repeats=options.repeats) for name, w in workloads.items()}
-    console = Console(width=150)
+    sides = options.sides.split(",")
+    if unknown := set(sides) - SIDES.keys():
+        parser.error(f"--sides: {', '.join(unknown)} unknown; use {', '.join(SIDES)}")
     rows: list[dict] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for mask in options.masks.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                rows += measure(int(mask), options.threads, workloads, progress, Path(folder))
-    show(rows, console)
+                rows += measure(int(mask), options.threads, workloads, sides, progress, Path(folder))
+    show(rows)
     if options.json:
         where = machine("cpu", options.threads)
         facts = {"machine": where, "note": " ".join(__doc__.split("\n\n")[1].split()), "rows": rows}

@@ -40,7 +40,7 @@ _MOST_ROWS = 1024
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What went into a product: extremes of each channel, (K,), and some rows, (N, K)."""
 
     low: np.ndarray
@@ -89,7 +89,7 @@ def calibrate_vision(
     dense: dict[str, float] = {}
     for name, product in observed.products.items():
         group = smoothable.get(name)
-        error, factor = _least(seen[name], product.weight(), group is not None)
+        error, factor = least_error(seen[name], product.weight(), group is not None)
         largest[name] = float((np.maximum(abs(seen[name].low), abs(seen[name].high)) / factor).max())
         if error > LIMIT:
             dense[name] = error
@@ -100,8 +100,8 @@ def calibrate_vision(
     return Int8Plan(smoothing, largest, VisionQuantization(int8, dense, count))
 
 
-def _least(seen: _Seen, weight: np.ndarray, smoothable: bool) -> tuple[float, np.ndarray]:
-    """The least error, and the factors that leave it."""
+def least_error(seen: Seen, weight: np.ndarray, smoothable: bool) -> tuple[float, np.ndarray]:
+    """The least error of a product with `weight` (K, N), and the factors (K,) that leave it."""
     activations = np.maximum(abs(seen.low), abs(seen.high))
     best = (float("inf"), np.ones(len(weight), np.float32))
     for strength in _STRENGTHS if smoothable else (0.0,):
@@ -116,8 +116,8 @@ def _least(seen: _Seen, weight: np.ndarray, smoothable: bool) -> tuple[float, np
 
 def _observe(
     path: Path, config: CheckpointConfig, settings: Settings, images: Iterable[Image.Image]
-) -> tuple[dict[str, _Seen], int]:
-    seen: dict[str, _Seen] = {}
+) -> tuple[dict[str, Seen], int]:
+    seen: dict[str, Seen] = {}
     count = 0
     with OrtEngine(path, arena=False) as engine:
         encoder = VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding)
@@ -140,9 +140,9 @@ def _by_product(outputs: dict[str, np.ndarray]) -> Iterator[tuple[str, dict[str,
     yield from found.items()
 
 
-def _merge(seen: dict[str, _Seen], name: str, values: dict[str, np.ndarray]) -> None:
+def _merge(seen: dict[str, Seen], name: str, values: dict[str, np.ndarray]) -> None:
     if name not in seen:
-        seen[name] = _Seen(values[LOW], values[HIGH], values[ROWS][:_MOST_ROWS])
+        seen[name] = Seen(values[LOW], values[HIGH], values[ROWS][:_MOST_ROWS])
         return
     old = seen[name]
     old.low, old.high = np.minimum(old.low, values[LOW]), np.maximum(old.high, values[HIGH])
