@@ -82,14 +82,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
     shutil.rmtree(checkpoint)  # room for files in the system's cache
     for name, bundle in bundles.items():
-        asked = ("--grid", "selective", "--repeats", options.repeats, "--tokens", options.tokens)
-        profile = command("profile", bundle, *asked, "--json")
+        asked = ("--size", options.size, "--grid", "selective", "--repeats", options.repeats)
+        profile = command("profile", bundle, *asked, "--tokens", options.tokens, "--json")
         facts = json.loads(profile["printed"])
         variants[name] |= {"profile_seconds": profile["seconds"], **figures(facts), "profile": facts}
     check = command("check", bundle) if options.check else None
     return {
         "layers": options.layers,
         "group": GROUP,
+        "size": options.size,
         "machine": facts["machine"],
         "checkpoint_seconds": written,
         "variants": variants,
@@ -142,9 +143,10 @@ COLUMNS = (
 
 def show(result: dict[str, Any]) -> None:
     """Rows of Markdown, and what was to be reached."""
-    print(f"\n{result['layers']} layers of Vicuna-7B's width, 1008x672, {result['machine']['processor']}, ")
-    print(f"{result['machine']['threads']} threads; the checkpoint was written in ", end="")
-    print(f"{result['checkpoint_seconds']:.0f} s\n")
+    machine = result["machine"]
+    print(f"\n{result['layers']} layers of Vicuna-7B's width, an image of {result['size']}, ", end="")
+    print(f"{machine['processor']}, {machine['threads']} threads")
+    print(f"(the checkpoint was written in {result['checkpoint_seconds']:.0f} s)\n")
     print("| variant | " + " | ".join(title for title, _ in COLUMNS) + " |")
     print("|---|" + "---:|" * len(COLUMNS))
     for name, one in result["variants"].items():
@@ -164,7 +166,8 @@ def show(result: dict[str, Any]) -> None:
 def targets(result: dict[str, Any]) -> dict[str, str]:
     """What `small` is to reach, and whether it does; empty for a cut or without both variants."""
     small = result["variants"].get("small")
-    if result["layers"] != 32 or small is None or "small" not in result["ratios"]:
+    whole = (result["layers"], result["size"]) == (32, "1008x672")
+    if not whole or small is None or "small" not in result["ratios"]:
         return {}
     found = {}
     for field, most in MOST.items():
@@ -184,6 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32, help="of the language model; 32 is Vicuna-7B")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: before and small")
+    parser.add_argument("--size", default="1008x672", help="of the image")
     parser.add_argument("--repeats", type=int, default=2, help="of an answer, after warming up")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each answer")
     parser.add_argument("--profiles", type=Path, help="folder for a profile file of each variant")

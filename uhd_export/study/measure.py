@@ -1,9 +1,10 @@
-"""The time of a row's own vision graph, with random weights of the real sizes, on this machine."""
+"""Times of a row's vision graph and of a cut of its language model, random weights, on this machine."""
 
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.int4.choose import linear_format, resolve
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.graph.language import emit_language
 from uhd_export.graph.vision import emit_vision
 from uhd_export.model.uhd import Parts
 from uhd_export.runtime.config import LANGUAGE_KINDS, ModelConfig
@@ -21,19 +25,21 @@ from uhd_export.runtime.image.layout import Separators
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.pixels import cut
 from uhd_export.runtime.image.slicing import plan_slices
+from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.runtime.profiling.spread import Spread
 from uhd_export.study.rows import SIZE, Row
 
+_STEPS = 8
+
 
 class RandomCheckpoint(Checkpoint):
-    """Tensors of a model's vision part, each made from its name when it is read; nothing is stored."""
+    """Tensors of a model, each made from its name when it is read; nothing is stored."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         modules = Parts.on_meta(config).by_prefix()
         self._shapes = {
             prefix + name: tuple(parameter.shape)
             for prefix, module in modules.items()
-            if prefix
             for name, parameter in module.named_parameters()
         }
 
@@ -84,6 +90,60 @@ def vision_engine(model: ModelConfig, *, threads: int | None, device: str | None
         emit_vision(config, RandomCheckpoint(config), path, dtype=dtype)
         with open_engine(path, threads=threads, device=device) as engine:
             yield engine
+
+
+@dataclass(frozen=True)
+class LanguageCut:
+    """Seconds of prefill and of a decoding step of `layers` of the model's `of_layers`, and the head.
+
+    Nothing is multiplied out to all layers. `weights` says how they are stored.
+    """
+
+    layers: int
+    of_layers: int
+    positions: int
+    weights: str
+    prefill: Spread
+    decode: Spread
+
+
+def language_cut(
+    model: ModelConfig, positions: int, repeats: int, *, layers: int, threads: int | None, device: str | None
+) -> LanguageCut:
+    """`repeats` prefills of `positions`, a few steps after each, of int4 weights as `build` stores them."""
+    whole = model.language
+    few = replace(model, language=replace(whole, layers=min(layers, whole.layers)))
+    config = checkpoint_config(few)
+    checkpoint = RandomCheckpoint(config)
+    stored = resolve(checkpoint, config.language, WeightOptions(weights="int4-rtn"))
+    assert stored is not None
+    dtype = "float32" if device in (None, "cpu") else "float16"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "language.onnx"
+        form = linear_format(checkpoint, config.language, stored, "onnxruntime")
+        emit_language(config.language, checkpoint, path, dtype=dtype, linear=form)
+        with open_engine(path, threads=threads, device=device) as engine:
+            decoder = Decoder(engine, positions + _STEPS)
+            prompt = np.random.default_rng(0).standard_normal((positions, whole.hidden), np.float32)
+            prefills, steps = [], []
+            for _ in range(repeats + 1):
+                decoder.rewind(0)
+                start = time.perf_counter()
+                decoder.prefill(prompt)
+                prefills.append(time.perf_counter() - start)
+                steps = []
+                for _ in range(_STEPS):
+                    start = time.perf_counter()
+                    decoder.step(prompt[:1])
+                    steps.append(time.perf_counter() - start)
+    return LanguageCut(
+        few.language.layers,
+        whole.layers,
+        positions,
+        f"int4 in groups of {stored.group}, head {stored.lm_head}, activations {stored.activations}",
+        Spread.of(prefills[1:]),
+        Spread.of(steps),
+    )
 
 
 def vision_seconds(engine: Engine, row: Row, repeats: int) -> Spread:

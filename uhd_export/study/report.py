@@ -44,4 +44,11 @@ def print_study(facts: dict[str, Any], console: Console | None = None) -> None:
     for name, note in dict.fromkeys(notes):
         if note:
             console.print(f"[dim]{name}: {note}[/dim]", soft_wrap=True)
+    if cut := facts["language_cut"]:
+        console.print(
+            f"language model, {cut['layers']} of its {cut['of_layers']} layers, {cut['weights']}: "
+            f"prefill of {cut['positions']} positions {cut['prefill']['median']:.2f} s, "
+            f"a decoding step {1e3 * cut['decode']['median']:.0f} ms",
+            soft_wrap=True,
+        )
     console.print(f"[dim]{facts['not_measured']}[/dim]", soft_wrap=True)

@@ -9,15 +9,17 @@ from uhd_export.runtime.profiling.machine import OtherWork, machine, versions
 from uhd_export.runtime.profiling.rates import measure_rates
 from uhd_export.runtime.progress import Progress
 from uhd_export.study.count import count_row
-from uhd_export.study.measure import vision_engine, vision_seconds
+from uhd_export.study.measure import LanguageCut, language_cut, vision_engine, vision_seconds
 from uhd_export.study.rows import SIZE, Row, study_rows
 
 # A GEMM rate is of one product; a whole graph reaches about a third of it.
 _EFFICIENCY = 1 / 3
 _VISION = ("vit", "jbu", "projector")
+# Of the language model: what a machine without a GPU holds and runs in seconds.
+_LAYERS = 2
 NOT_MEASURED = (
-    "prefill and a whole first token are not measured: random weights of the language model take a GPU, or "
-    "benchmarks/full_size.py's quarter of an hour"
+    "a whole first token is not measured: the language model ran with {layers} of its layers, and nothing is "
+    "multiplied out; benchmarks/full_size.py runs all of them, in a quarter of an hour"
 )
 
 
@@ -53,7 +55,9 @@ def run_study(
                 latencies = [asdict(vision_seconds(engine, row, options.repeats)) for row in members]
         for row, counted, latency in zip(members, counts, latencies, strict=True):
             records.append(_record(row, counted, latency, reason))
-            progress(len(records), len(rows))
+            progress(len(records), len(rows) + 1)
+    cut = _language_cut(rows, records, options)
+    progress(len(rows) + 1, len(rows) + 1)
     return {
         "study": study,
         "model": model if isinstance(model, str) else "sizes given",
@@ -62,9 +66,26 @@ def run_study(
         "versions": versions(),
         "others": others.share(),
         "vision_seconds_of": "vision.onnx of the row, random weights, all crops of the image",
-        "not_measured": NOT_MEASURED,
+        "language_cut": cut and asdict(cut),
+        "not_measured": NOT_MEASURED.format(layers=cut.layers if cut else "none"),
         "rows": records,
     }
+
+
+def _language_cut(
+    rows: list[Row], records: list[dict[str, Any]], options: StudyOptions
+) -> LanguageCut | None:
+    """Of the first row's language model, at the positions of its prompt; None where nothing is measured."""
+    if options.repeats == 0 or all(row.no_graph for row in rows):
+        return None
+    return language_cut(
+        rows[0].model,
+        records[0]["positions"],
+        options.repeats,
+        layers=_LAYERS,
+        threads=options.threads,
+        device=options.device,
+    )
 
 
 def _too_long(counts: list[dict[str, Any]], rates: Any, options: StudyOptions) -> str | None:

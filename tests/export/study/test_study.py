@@ -32,6 +32,8 @@ def test_every_row_is_counted(study):
         assert row["released"]["first_token"]["flops"] > row["hooked_flops"] > 1e13
         assert row["vision_seconds"] is None and row["vision_seconds_missing"]
         assert row["paper_measures"]
+    assert facts["language_cut"] is None and "none of its layers" in facts["not_measured"]
+    for row in facts["rows"]:
         for kind in ("released", "exported"):
             stages = row[kind]["stages"]
             assert row[kind]["first_token"]["flops"] == sum(stage["flops"] for stage in stages.values())
@@ -78,10 +80,14 @@ def test_rows_are_measured_at_small_sizes(study, nano_sizes, monkeypatch):
         study, nano_sizes, StudyOptions(1, threads=1), lambda done, total: told.append((done, total))
     )
     measured = {row["name"]: row["vision_seconds"] for row in facts["rows"]}
-    assert told[-1] == (len(measured), len(measured))
+    assert told[-1] == (len(measured) + 1, len(measured) + 1)  # rows, and the language model
     assert measured.pop("ConvNext", None) is None
     assert all(spread["median"] > 0 and len(spread["samples"]) == 1 for spread in measured.values())
     assert facts["machine"]["processor"]
+    cut = facts["language_cut"]
+    assert (cut["layers"], cut["of_layers"]) == (2, nano_sizes.language.layers)
+    assert cut["positions"] == facts["rows"][0]["positions"]
+    assert cut["prefill"]["median"] > cut["decode"]["median"] > 0
 
 
 def test_what_would_take_too_long_is_said(nano_sizes, monkeypatch):
