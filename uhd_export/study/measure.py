@@ -125,7 +125,8 @@ def language_cut(
         with open_engine(path, threads=threads, device=device) as engine:
             decoder = Decoder(engine, positions + _STEPS)
             prompt = np.random.default_rng(0).standard_normal((positions, whole.hidden), np.float32)
-            prefills, steps = [], []
+            prefills: list[float] = []
+            steps: list[float] = []
             for _ in range(repeats + 1):
                 decoder.rewind(0)
                 start = time.perf_counter()
