@@ -46,7 +46,8 @@ class OrtEngine(Engine):
 
     `arena` keeps freed CPU memory for the next call, which is faster where shapes repeat; without it peak
     memory follows what the graph needs. `profile` is a path prefix: `end_profile` returns the trace's path.
-    `tf32` lets float32 products on a GPU round to TF32.
+    `tf32` lets float32 products on a GPU round to TF32. `graph` runs in the place of the one at `path`, with
+    the weights beside that.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class OrtEngine(Engine):
         arena: bool = True,
         tf32: bool = False,
         profile: str | Path | None = None,
+        graph: bytes | None = None,
     ) -> None:
         self._caller = Caller()
         self._seconds: dict[int, float] = {}  # of the last run, by the bytes it was fed
@@ -78,6 +80,9 @@ class OrtEngine(Engine):
         options.log_severity_level = 4  # what fails is raised, and told once
         # Graphs for other backends hold DequantizeLinear: no rounding of activations where it is fused.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if graph is not None:
+            folder = str(self.path.parent.resolve())
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
@@ -85,7 +90,7 @@ class OrtEngine(Engine):
         ort.set_default_logger_severity(4)
         try:
             self.session = ort.InferenceSession(
-                str(path), options, providers=_providers(self.device, tf32), enable_fallback=False
+                graph or str(path), options, providers=_providers(self.device, tf32), enable_fallback=False
             )
         except Exception as error:  # the binding's exceptions have no common base but this
             if "device_id" in str(error):

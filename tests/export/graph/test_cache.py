@@ -9,6 +9,7 @@ from support.contrib_ops import CONTRIB_OPS
 from support.tiny_language import CONTEXT, MODELS, difference, embeddings, reader, reference, tiny_model
 
 from uhd_export.graph.cache import FloatCache, Int8Cache, LayerScales, rounded, scales_for
+from uhd_export.graph.float_cache import float_cache_engine
 from uhd_export.graph.grouped_attention import LONG_RUN
 from uhd_export.graph.language import emit_language
 from uhd_export.runtime.engines.backends import open_engine
@@ -177,3 +178,24 @@ def test_scales_of_another_model_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             emit_language(model.config, reader(model), tmp_path / "l.onnx", cache=Int8Cache(scales))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_same_graph_with_a_float_cache_is_what_its_cache_is_measured_against(tmp_path, dtype):
+    model, embeds = tiny_model(*MODELS[1]), embeddings(LENGTH)
+    plain, expected = {}, None
+    for cache in (dtype, "int8", "float16"):
+        path = emitted(model, tmp_path / f"{cache}.onnx", cache, dtype)
+        files = sorted(tmp_path.iterdir())
+        with open_engine(path, threads=1) as engine, float_cache_engine(path, model.config) as other:
+            logits = []
+            for one in (engine, other):
+                decoder = Decoder(one, CONTEXT)
+                decoder.prefill(embeds[:, :-4])
+                logits.append(np.stack([decoder.step(embeds[0, i]) for i in range(-4, 0)]))
+        plain[cache] = difference(*logits)
+        expected = logits[0] if expected is None else expected
+        assert np.array_equal(logits[1], expected)
+        assert sorted(tmp_path.iterdir()) == files
+    assert plain[dtype] == 0 < plain["int8"] < TOLERANCE["int8"]
+    assert (plain["float16"] > 0) == (dtype == "float32")
