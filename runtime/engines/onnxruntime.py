@@ -1,6 +1,7 @@
 """ONNX Runtime as an engine, on the CPU or a CUDA device."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ class OrtEngine(Engine):
     ) -> None:
         self._caller = Caller()
         self._seconds: dict[int, float] = {}  # of the last run, by the bytes it was fed
+        self._bindings: weakref.WeakSet[OrtBinding] = weakref.WeakSet()
         self.device = parse_device(device)
         self._arena = arena and self.device.kind == "cpu"
         self.enough_rows = _ENOUGH_ROWS if self.device.kind == "cpu" else None
@@ -122,7 +124,9 @@ class OrtEngine(Engine):
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
-        return OrtBinding(self, shared, sizes)
+        binding = OrtBinding(self, shared, sizes)
+        self._bindings.add(binding)
+        return binding
 
     def run(
         self, run: Callable[[ort.RunOptions], T], feeds: Mapping[str, NDArray[Any]], stop: Stop | None
@@ -162,8 +166,10 @@ class OrtEngine(Engine):
         return Path(self.session.end_profiling())
 
     def close(self) -> None:
-        """Free the session. May be repeated."""
+        """Free the session and the buffers of its bindings, each of which holds it. May be repeated."""
         self._caller.close()
+        for binding in self._bindings:
+            binding.close()
         if hasattr(self, "session"):
             del self.session
 
@@ -229,7 +235,15 @@ class OrtBinding(Binding):
         if len(axes) != 1 or not isinstance(axis, str):
             raise UhdError(f"engine {self._engine.path}: its cache has no rows; build the bundle again")
         parts = {name: buffer.rows(start, stop) for name, buffer in self._buffers.items()}
-        return OrtBinding(self._engine, self._shared, self._sizes | {axis: stop - start}, parts)
+        binding = OrtBinding(self._engine, self._shared, self._sizes | {axis: stop - start}, parts)
+        self._engine._bindings.add(binding)
+        return binding
+
+    def close(self) -> None:
+        """Let go of the session and the buffers; it cannot be used afterwards."""
+        del self._binding
+        self._buffers.clear()
+        self._results.clear()
 
     def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""
