@@ -97,8 +97,8 @@ class Engine(ABC):
     """What computes, with its version, and on which device."""
     weight_bytes: int | None = None
     """Bytes of weights that the engine loaded, where the backend knows."""
-    enough_rows: int | None = None
-    """Rows of a product beyond which a run is not faster, but takes memory; None where it is."""
+    on_host: bool = False
+    """Whether the processor computes, in this machine's memory."""
 
     @property
     def most_scratch_bytes(self) -> int | None:
@@ -138,6 +138,9 @@ class Engine(ABC):
         Raises UhdError where the backend leaves none.
         """
         raise UhdError(f"{type(self).__name__}: this backend leaves no trace of its layers")
+
+    def trim(self) -> None:  # noqa: B027 (most backends keep what they reserved)
+        """Give memory that finished runs took back to the system: at the end of an image, or of a prompt."""
 
     @abstractmethod
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> Binding:

@@ -11,12 +11,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from uhd_export.runtime.engines.arena import share_arena, shrink_arena
 from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, TensorInfo, check_feeds
 from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.interruptible import Caller
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
+from uhd_export.runtime.memory import return_memory
 
 T = TypeVar("T")
 _CPU_PROVIDER = "CPUExecutionProvider"
@@ -32,23 +34,17 @@ _TYPES = {
 }
 
 
-# A run fed with more bytes is an image or a prompt: what its activations took goes back to the system. Steps
-# of decoding are fed less, and keep it.
-_RELEASE_BYTES = 1 << 20
 # A run like one that took less is not worth a thread of its own to be interrupted in: handing it over takes
 # 0.1 ms, a third of a small model's step.
 _SHORT = 0.05
-# Two crops of 336x336.
-_ENOUGH_ROWS = 1200
 
 
 class OrtEngine(Engine):
     """A graph in an ONNX Runtime session; see `Engine`.
 
-    `arena` keeps freed CPU memory for the next call, which is faster where shapes repeat; without it peak
-    memory follows what the graph needs. `profile` is a path prefix: `end_profile` returns the trace's path.
-    `tf32` lets float32 products on a GPU round to TF32. `graph` runs in the place of the one at `path`, with
-    the weights beside that.
+    On the CPU all engines take their memory from one arena, which `trim` shrinks (see `arena`). `profile` is
+    a path prefix: `end_profile` returns the trace's path. `tf32` lets float32 products on a GPU round to
+    TF32. `graph` runs in the place of the one at `path`, with the weights beside that.
     """
 
     def __init__(
@@ -57,7 +53,6 @@ class OrtEngine(Engine):
         *,
         device: str = "cpu",
         threads: int | None = None,
-        arena: bool = True,
         tf32: bool = False,
         profile: str | Path | None = None,
         graph: bytes | None = None,
@@ -66,8 +61,7 @@ class OrtEngine(Engine):
         self._seconds: dict[int, float] = {}  # of the last run, by the bytes it was fed
         self._bindings: weakref.WeakSet[OrtBinding] = weakref.WeakSet()
         self.device = parse_device(device)
-        self._arena = arena and self.device.kind == "cpu"
-        self.enough_rows = _ENOUGH_ROWS if self.device.kind == "cpu" else None
+        self.on_host = self.device.kind == "cpu"
         missing = prepare_cuda(ort) if self.device.kind == "cuda" else ""
         if not Path(path).is_file():
             raise UhdError(f"engine {path}: no such file")
@@ -75,7 +69,8 @@ class OrtEngine(Engine):
         # On the CPU the tests hold that; for a GPU the first run of a binding shows it.
         self.updates_in_place = self.device.kind == "cpu"
         options = ort.SessionOptions()
-        options.enable_cpu_mem_arena = arena
+        if self.on_host:
+            share_arena(options)
         # Else the second run with some shapes takes one block for all that the first held at a time, which is
         # larger than what the arena has, and is kept for every shape: half as much memory again, no faster.
         options.enable_mem_pattern = False
@@ -112,6 +107,7 @@ class OrtEngine(Engine):
         self.where = f"{self.device} (ONNX Runtime {ort.__version__}, {describe(self.device)})"
         self.inputs = {i.name: _describe(i) for i in self.session.get_inputs()}
         self.outputs = {o.name: _describe(o) for o in self.session.get_outputs()}
+        self.trim()
         files = [self.path, self.path.with_name(f"{self.path.name}.data")]
         self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
@@ -120,7 +116,8 @@ class OrtEngine(Engine):
         check_feeds(feeds, self.inputs, {})
         with self.errors():
             results = self.run(lambda options: self.session.run(None, dict(feeds), options), feeds, stop)
-        return dict(zip(self.outputs, results, strict=True))
+        # They lie in the arena, where the least of them keeps a whole block from being returned.
+        return {name: np.array(result) for name, result in zip(self.outputs, results, strict=True)}
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
@@ -131,14 +128,9 @@ class OrtEngine(Engine):
     def run(
         self, run: Callable[[ort.RunOptions], T], feeds: Mapping[str, NDArray[Any]], stop: Stop | None
     ) -> T:
-        """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did.
-
-        After large `feeds` the activations' memory goes back to the system.
-        """
+        """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did."""
         options = ort.RunOptions()
         size = sum(array.nbytes for array in feeds.values())
-        if self._arena and size > _RELEASE_BYTES:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         start = time.monotonic()
         if self._seconds.get(size, _SHORT) < _SHORT:
             result = _stoppable(run, options, stop or Stop())
@@ -165,6 +157,12 @@ class OrtEngine(Engine):
         """Stop profiling; the path of the JSON trace (Chrome trace events, microseconds)."""
         return Path(self.session.end_profiling())
 
+    def trim(self) -> None:
+        """See `Engine.trim`."""
+        if self.on_host:
+            shrink_arena()
+            return_memory()
+
     def close(self) -> None:
         """Free the session and the buffers of its bindings, each of which holds it. May be repeated."""
         self._caller.close()
@@ -172,6 +170,7 @@ class OrtEngine(Engine):
             binding.close()
         if hasattr(self, "session"):
             del self.session
+            self.trim()
 
 
 class OrtBinding(Binding):

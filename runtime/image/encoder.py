@@ -17,6 +17,13 @@ from uhd_export.runtime.stopwatch import Stopwatch
 PIXELS, TOKENS = "pixels", "tokens"
 # The largest batch of crops: nine slices and an overview, as the engines' optimization profiles allow.
 MAX_BATCH = 10
+# Of a processor: more patches a run take memory, and are not faster. Two crops of 336x336.
+ENOUGH_ROWS = 1200
+
+
+def batch_size(grid: tuple[int, int], rows: int | None) -> int:
+    """How many crops of `grid` patches run at once: as many as have `rows` patches, or one; None is all."""
+    return MAX_BATCH if rows is None else min(max(rows // (grid[0] * grid[1]), 1), MAX_BATCH)
 
 
 class VisionEncoder:
@@ -24,6 +31,8 @@ class VisionEncoder:
 
     def __init__(self, engine: Engine, model: ModelConfig, *, roi_rounding: str = "exact") -> None:
         self.engine = engine
+        self.rows = ENOUGH_ROWS if engine.on_host else None
+        """Patches a run at most, see `batch_size`."""
         self._model, self._roi_rounding = model, roi_rounding
         self._names = engine.inputs.keys() - {PIXELS}
         self._dtype = engine.inputs[PIXELS].dtype
@@ -58,6 +67,7 @@ class VisionEncoder:
             with watch.stage("image"):
                 batch = next(batches, None)
             if batch is None:
+                self.engine.trim()
                 return [tokens[index] for index in range(len(crops))]
             members, feeds = batch
             with watch.stage("vision"):
@@ -72,17 +82,15 @@ class VisionEncoder:
         for index, crop in enumerate(crops):
             by_shape[(crop.shape[0], crop.shape[1])].append(index)
         for shape, members in by_shape.items():
-            size = self._batch(shape)
+            size = self.batch_size(shape)
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
                 yield batch, self.feeds(normalise_batch([crops[i] for i in batch], self._dtype), grid_mode)
 
-    def _batch(self, shape: tuple[int, int]) -> int:
-        """How many crops of `shape` run at once: no more than is faster, as each takes memory."""
-        rows, patch = self.engine.enough_rows, self._model.vision.patch
-        if rows is None:
-            return MAX_BATCH
-        return min(max(rows // (shape[0] // patch * (shape[1] // patch)), 1), MAX_BATCH)
+    def batch_size(self, shape: tuple[int, ...]) -> int:
+        """How many crops of `shape`, (h, w, ...), run at once."""
+        patch = self._model.vision.patch
+        return batch_size((shape[0] // patch, shape[1] // patch), self.rows)
 
     def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, NDArray[Any]]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""

@@ -52,7 +52,7 @@ class Decoder:
     """
 
     def __init__(self, engine: Engine, context: int | None = None) -> None:
-        self._dtype = engine.inputs[EMBEDS].dtype
+        self._engine, self._dtype = engine, engine.inputs[EMBEDS].dtype
         self._positions = {SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX, VISIBLE} & engine.inputs.keys()
         self.hidden = engine.inputs[EMBEDS].shape[2]
         self.vocab = engine.outputs[LOGITS].shape[2]
@@ -96,6 +96,8 @@ class Decoder:
             raise UhdError(f"prefill chunk: {size} positions; use at least 1")
         for start in range(0, embeds.shape[1], size):
             logits = self._run(embeds[:, start : start + size], stop)
+        if embeds.shape[1] > 1:
+            self._engine.trim()
         return logits
 
     def step(self, embeds: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from uhd_export.runtime.engines.product import product
 from uhd_export.runtime.errors import UhdError
 
 _REPEATS = 4
-# ONNX's numbers of the types, and the sizes on a processor and on a GPU.
-_FLOAT, _FLOAT16 = 1, 10
+# Sizes on a processor and on a GPU.
 _SQUARE = {"cpu": 1536, "cuda": 8192}
 _VECTOR = {"cpu": (4096, 16384), "cuda": (16384, 32768)}
 
@@ -58,7 +58,7 @@ def _session(kind: str, dtype: np.dtype[Any], threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     provider = "CPUExecutionProvider" if kind == "cpu" else "CUDAExecutionProvider"
-    return ort.InferenceSession(_product(dtype), options, providers=[provider])
+    return ort.InferenceSession(product(dtype), options, providers=[provider])
 
 
 def _best(session: Any, kind: str, dtype: np.dtype[Any], rows: int, inner: int, columns: int) -> float:
@@ -78,29 +78,3 @@ def _best(session: Any, kind: str, dtype: np.dtype[Any], rows: int, inner: int, 
         binding.synchronize_outputs()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _product(dtype: np.dtype[Any]) -> bytes:
-    """An ONNX model of one MatMul of any sizes, in the format's own bytes: no library for them is needed."""
-    kind = _FLOAT if dtype == np.float32 else _FLOAT16
-    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, b"MatMul")
-    graph = _field(1, node) + _field(2, b"product")
-    for number, name, dims in ((11, b"a", b"mk"), (11, b"b", b"kn"), (12, b"c", b"mn")):
-        shape = b"".join(_field(1, _field(2, bytes([dim]))) for dim in dims)
-        graph += _field(number, _field(1, name) + _field(2, _field(1, _field(1, kind) + _field(2, shape))))
-    return _field(1, 10) + _field(7, graph) + _field(8, _field(2, 17))  # IR version 10, opset 17
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer: a number, or bytes and how many."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out += bytes([value & 127 | 128])
-        value >>= 7
-    return out + bytes([value])

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from uhd_export.runtime.engines.base import Array, Stop, Stopped
-from uhd_export.runtime.image.encoder import MAX_BATCH, TOKENS, VisionEncoder
+from uhd_export.runtime.image.encoder import TOKENS, VisionEncoder
 from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.serving.images.cutting import CutImage
 
@@ -103,6 +103,8 @@ class VisionWorker:
             self.runs += 1
             self.crops += len(batch)
             self._deliver(batch, results, error, time.perf_counter() - start)
+            if not self._waiting:
+                self._encoder.engine.trim()
 
     def _next_batch(self) -> tuple[list[tuple[Encoding, int]], str]:
         """Crops of one shape and grid mode: those of who came first, filled up with others' equal ones."""
@@ -114,7 +116,8 @@ class VisionWorker:
             for index in encoding.missing
             if _kind(encoding, index) == kind
         )
-        return [pair for pair, _ in zip(equal, range(MAX_BATCH), strict=False)], kind[1]
+        most = self._encoder.batch_size(kind[0])
+        return [pair for pair, _ in zip(equal, range(most), strict=False)], kind[1]
 
     def _deliver(
         self, batch: list[tuple[Encoding, int]], results: list[Array], error: Exception | None, seconds: float

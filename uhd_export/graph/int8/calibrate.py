@@ -119,7 +119,7 @@ def _observe(
 ) -> tuple[dict[str, Seen], int]:
     seen: dict[str, Seen] = {}
     count = 0
-    with OrtEngine(path, arena=False) as engine:
+    with OrtEngine(path) as engine:
         encoder = VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding)
         for image in images:
             count += 1
