@@ -22,6 +22,7 @@ INSIDE = {
         ("settings",),
         ("language",),
         ("bundle",),
+        ("planning",),
         ("pipeline", "conversation"),
         ("profiling",),
         ("terminal",),

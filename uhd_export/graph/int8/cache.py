@@ -44,7 +44,7 @@ def calibrate_cache(
     Images are encoded by the bundle's own graph, `vision`. Keys are taken after rotation, as they are cached.
     What does not fit the context is cut off.
     """
-    with OrtEngine(vision, arena=False) as engine:
+    with OrtEngine(vision) as engine:
         encoder = _OneByOne(VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding))
         sequences = [_embeds(checkpoint, encoder, settings, config, tokenizer, pair) for pair in pairs]
     if not sequences:
