@@ -3,6 +3,7 @@
 # make lint    style and types     make serve-demo    the page and the API on the embedded model
 # make fuzz    damaged inputs by the thousand, with counts by outcome
 # make docs     the documentation site, in site/
+# make report   docs/report.html and its pictures: nano profiled on this machine, which should be idle
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
@@ -19,11 +20,11 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test quick test-gpu fuzz demo serve-demo lint docs clean
+.PHONY: help test quick test-gpu fuzz demo serve-demo lint docs report clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 6
+	@sed -n 's/^# //p' Makefile | head -n 8
 
 $(READY): pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
@@ -82,6 +83,10 @@ docs: $(READY)
 	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(DOCS_LINKS)/uhd_export
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@rm -rf $(DOCS_LINKS)
+
+report: $(READY)
+	@echo "==> docs/report.html, docs/report.png, docs/report-dark.png"
+	@$(BIN)/python benchmarks/report.py
 
 demo: $(READY)
 	@echo "==> build: nano, a small LLaVA-UHD v2 checkpoint in this package, into $(BUNDLE)"

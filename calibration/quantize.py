@@ -30,6 +30,7 @@ from uhd_export.calibration.writer import bytes_beside_layers, quantization_conf
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.files import weight_paths
+from uhd_export.checkpoint.hub import commit_of
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 from uhd_export.checkpoint.int4.linears import largest_group, linear_shapes
 from uhd_export.checkpoint.int4.settings import is_quantized
@@ -78,7 +79,7 @@ def quantize(
     if present and not reuse:
         raise UhdError(f"output {out}: exists already; choose another, or delete it")
     version = library_version()
-    folder = source_folder(source)
+    folder = source_folder(source, options.reading.revision)
     if is_quantized(folder):
         raise UhdError(
             f"checkpoint {source}: is quantized already; build takes it as it is, "
@@ -138,7 +139,8 @@ def quantize(
         run.records()  # which raises where one is damaged, before hours of work
         with progress_bar("GPTQ", show=progress) as bar:
             run.quantize_layers(bar.set)
-        report = _report(run, record | {"made_of": identity}, version)
+        origin = {"checkpoint": str(source), "revision": commit_of(folder)}
+        report = _report(run, record | origin | {"made_of": identity}, version)
         with staged_folder(out, needed=bytes_beside_layers(checkpoint, config.language)) as staging:
             whole = work.whole_folder() if options.language_only else staging
             with progress_bar("writing", show=progress) as bar:

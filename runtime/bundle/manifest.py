@@ -35,7 +35,7 @@ from uhd_export.runtime.language.prompt import TEMPLATES
 from uhd_export.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 VISION, LANGUAGE = "vision.onnx", "language.onnx"
 EMBEDDINGS, TOKENIZER = "embeddings.npy", "tokenizer.json"
 # What was measured while the checkpoint was quantized, where it was.
@@ -46,11 +46,13 @@ QUALITY, QUALITY_CHART = "quantization_report.json", "quantization_report.png"
 class Source:
     """Where the weights came from: the id or path given, and what identifies its content.
 
-    `weights` maps each safetensors file to its size in bytes. `config` and `vision_tower` are the
-    replacements given at build, or None.
+    `revision` is the hub's commit, None where the source is not of the hub's cache. `weights` maps each
+    safetensors file to its size in bytes. `config` and `vision_tower` are the replacements given at build,
+    or None.
     """
 
     id: str
+    revision: str | None
     config_sha256: str
     weights: dict[str, int]
     release: str

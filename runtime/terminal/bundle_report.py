@@ -60,6 +60,7 @@ def print_bundle(
     """Print what the bundle in `folder` holds, for people, and how each file was `verified`."""
     console = console or output()
     model, settings, source = manifest.model, manifest.settings, manifest.source
+    commit = "" if source.revision is None else f" at {source.revision[:12]}"
     longest = "as it is"
     if settings.resize:
         longest = f"{settings.resize}{' where that enlarges' if settings.upscale_only else ''}"
@@ -68,7 +69,7 @@ def print_bundle(
     table.add_column(overflow="fold")
     rows = {
         "bundle": f"{folder}, {format_bytes(total_bytes(manifest))}, schema {manifest.schema_version}",
-        "source": f"{source.id} ({source.release} release), config {source.config_sha256[:12]}",
+        "source": f"{source.id}{commit} ({source.release} release), config {source.config_sha256[:12]}",
         "backend": f"{manifest.backend}, {'folded' if manifest.fold else 'not folded'}",
         "precision": ", ".join(f"{part} {dtype}" for part, dtype in asdict(manifest.precision).items()),
         "vision": f"{model.vision.layers} layers of {model.vision.hidden}, patch {model.vision.patch}",

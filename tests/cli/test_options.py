@@ -32,7 +32,8 @@ def test_the_long_help_is_grouped():
     assert list(groups) == [
         *("Output", "Source", "Images", "Weights", "Calibration", "Engines", "Options"),
     ]
-    assert groups["Source"] == {"--config", "--vision-tower", "--layout", "--mask", "--template"}
+    reading = {"--revision", "--config", "--vision-tower", "--layout", "--mask", "--template"}
+    assert groups["Source"] == reading
     assert groups["Images"] == {"--grid", "--max-slices", "--resize", "--boxes"}
     assert groups["Options"] == {"--debug", "--help"}
     assert "Calibration" in sections(CliRunner().invoke(main, ["quantize", "--help"]).stdout)
@@ -84,7 +85,8 @@ def test_values_arrive_as_the_dataclass_of_their_concern():
     given = ["--grid", "fix", "--max-slices", 3, "--resize", 500, "--boxes", "bf16"]
     assert invoked(image_options, *given) == {"images": ImageOptions("fix", 3, 500, "bf16")}
     given = ["--config", "c.json", "--vision-tower", "clip", "--layout", "merged", "--mask", 15]
-    assert invoked(source_options, *given) == {"reading": SourceOptions("c.json", "clip", "merged", 15)}
+    expected = SourceOptions("c.json", "clip", "merged", 15, revision="v1")
+    assert invoked(source_options, *given, "--revision", "v1") == {"reading": expected}
     assert invoked(image_options) == {"images": ImageOptions()}
     assert invoked(source_options) == {"reading": SourceOptions()}
 

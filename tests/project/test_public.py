@@ -34,7 +34,10 @@ def test_the_public_surface():
 def test_the_keywords_of_load_model():
     """Notebooks use them."""
     names = uhd_export.load_model.__kwdefaults__
-    sources, images = ["dtype", "config", "vision_tower", "layout", "mask"], ["grid_mode", "max_slices"]
+    sources, images = (
+        ["dtype", "revision", "config", "vision_tower", "layout", "mask"],
+        ["grid_mode", "max_slices"],
+    )
     assert list(names) == [*sources, *images, "resize", "roi_rounding"]
 
 

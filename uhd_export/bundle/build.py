@@ -84,7 +84,7 @@ def build_bundle(
     if options.engines is not None:  # which multiply with what they compute in
         head = "dense" if options.weights.lm_head == AUTO else options.weights.lm_head
         options = replace(options, weights=replace(options.weights, activations="float", lm_head=head))
-    folder = source_folder(source)
+    folder = source_folder(source, options.reading.revision)
     config = read_config(folder, options.reading)
     _check_before(folder, config, out, options, force, quantize is not None)
     before = folder

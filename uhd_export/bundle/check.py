@@ -6,6 +6,7 @@ from pathlib import Path
 from uhd_export.bundle.parity import measure_parity
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.files import weight_sizes
+from uhd_export.checkpoint.hub import cached
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.source import NANO, source_folder
 from uhd_export.graph.int4.view import as_stored
@@ -53,7 +54,8 @@ def check_bundle(
     with progress_bar("hashing", size, show=progress, nbytes=True) as bar:
         verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
     if checkpoint is not None:
-        source: Path | None = source_folder(checkpoint)
+        same = str(checkpoint) == manifest.source.id
+        source: Path | None = source_folder(checkpoint, manifest.source.revision if same else None)
     else:
         source = _recorded(manifest.source)
     if source is None:
@@ -108,13 +110,7 @@ def _recorded(source: Source) -> Path | None:
         return Path(source.id)
     if Path(source.id).is_absolute():
         return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source.id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    return cached(source.id, source.revision)
 
 
 def _refuse_other(folder: Path, source: Source) -> None:

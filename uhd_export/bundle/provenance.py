@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 from uhd_export.checkpoint.files import weight_sizes
+from uhd_export.checkpoint.hub import commit_of
 from uhd_export.checkpoint.options import SourceOptions
 from uhd_export.checkpoint.source import NANO
 from uhd_export.runtime.bundle.integrity import hash_file
@@ -17,6 +18,7 @@ def describe_source(source: str | Path, folder: Path, release: str, reading: Sou
     """What identifies the checkpoint in `folder`, so that `check` can find it again and know it."""
     return Source(
         id=_lasting(source),
+        revision=commit_of(folder),
         config_sha256=hash_file(Path(reading.config) if reading.config else folder / "config.json"),
         weights=weight_sizes(folder),
         release=release,

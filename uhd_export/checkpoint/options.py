@@ -16,9 +16,10 @@ MASKS = tuple(range(1, 16, 2))
 class SourceOptions:
     """How a checkpoint is read where it does not say so itself, or says it wrongly; None: as it says.
 
-    `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id that
-    replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask; `template` the
-    conversation template.
+    `revision` is a branch, tag or commit of a checkpoint on the hub (None: its main branch). `config` is a
+    path that replaces the folder's config.json; `vision_tower` a folder or hub id that replaces its
+    `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask; `template` the conversation
+    template.
     """
 
     config: str | Path | None = None
@@ -26,6 +27,7 @@ class SourceOptions:
     layout: str | None = None
     mask: int | None = None
     template: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from uhd_export.checkpoint.fields import optional, read_json
-from uhd_export.checkpoint.source import download, locate, whole_folder
+from uhd_export.checkpoint.hub import download
+from uhd_export.checkpoint.source import locate, whole_folder
 from uhd_export.runtime.errors import UhdError
 
 # The base CLIP of the official checkpoints, so that no download is needed to know its shape.

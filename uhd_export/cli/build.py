@@ -88,8 +88,10 @@ def build(
     force: bool,
 ) -> None:
     """Build a bundle from CHECKPOINT: a folder, a Hugging Face hub id, or nano."""
+    from uhd_export.checkpoint.source import source_folder
     from uhd_export.runtime.progress import overall_bar, status
 
+    folder = source_folder(source, options.reading.revision)  # a download has a bar of its own
     with status("loading PyTorch"):  # which takes seconds
         from uhd_export.bundle.build import build_bundle
         from uhd_export.calibration.data import calibration_pairs
@@ -98,7 +100,7 @@ def build(
 
     for note in preset_notes(click.get_current_context(), preset) if preset else ():
         click.echo(note, err=True)
-    quantize = _quantizer(source, output, options, calibration)
+    quantize = _quantizer(source, folder, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))
     # Graphs, embeddings and hashes; parity and its hashes; engines and theirs; GPTQ's own three.
@@ -119,11 +121,12 @@ def build(
 
 
 def _quantizer(
-    source: str, output: Path, options: BuildOptions, calibration: CalibrationOptions
+    source: str, found: Path, output: Path, options: BuildOptions, calibration: CalibrationOptions
 ) -> Callable[[], Path] | None:
     """What makes the checkpoint that `build --weights int4` needs; None where `source` is built as it is.
 
-    The checkpoint stays beside the bundle, as OUTPUT-gptq, and is taken again where it was made of the same.
+    `source` was found in the folder `found`. What is made stays beside the bundle, as OUTPUT-gptq, and is
+    taken again where it was made of the same.
     """
     calibrated = "int8" in (options.vision_weights, options.cache)
     if options.weights.weights != "int4":
@@ -133,9 +136,9 @@ def _quantizer(
             )
         return None
     from uhd_export.checkpoint.int4.settings import is_quantized
-    from uhd_export.checkpoint.source import NANO, source_folder
+    from uhd_export.checkpoint.source import NANO
 
-    if is_quantized(source_folder(source)):
+    if is_quantized(found):
         if calibrated:
             return None
         _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")

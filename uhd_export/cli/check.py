@@ -22,11 +22,13 @@ from uhd_export.runtime.errors import UhdError, explain
 )
 def check(bundle: Path, checkpoint: str | None, device: str | None) -> None:
     """Verify every file of BUNDLE, and measure its parity with the checkpoint again."""
+    from uhd_export.runtime.progress import status
     from uhd_export.runtime.terminal.bundle_report import check_files, print_parity, print_quality
     from uhd_export.runtime.units import format_bytes
 
     try:
-        from uhd_export.bundle.check import check_bundle
+        with status("loading PyTorch"):  # which takes seconds
+            from uhd_export.bundle.check import check_bundle
     except ModuleNotFoundError as error:
         reason = explain(error)
         if checkpoint is not None or device is not None or reason is None:

@@ -75,6 +75,12 @@ output_option = option(
 source_options = concern(
     "reading",
     SourceOptions,
+    option(
+        "--revision",
+        metavar="NAME",
+        help="Branch, tag or commit on the hub; default: its main branch.",
+        section=SOURCE,
+    ),
     option("--config", type=click.Path(), help="Replaces the checkpoint's config.json.", section=SOURCE),
     option(
         "--vision-tower",

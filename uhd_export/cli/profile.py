@@ -189,10 +189,12 @@ def _compare(
 
 
 def _study(study: str, repeats: int, opening: PipelineOptions, as_json: bool) -> None:
-    from uhd_export.runtime.progress import progress_bar
+    from uhd_export.runtime.progress import progress_bar, status
     from uhd_export.runtime.terminal.report import print_json
-    from uhd_export.study.report import print_study
-    from uhd_export.study.run import StudyOptions, run_study
+
+    with status("loading PyTorch"):  # which takes seconds
+        from uhd_export.study.report import print_study
+        from uhd_export.study.run import StudyOptions, run_study
 
     options = StudyOptions(repeats, device=opening.device, threads=opening.threads)
     with progress_bar(study) as bar:

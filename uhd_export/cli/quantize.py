@@ -84,12 +84,16 @@ def quantize(source: str, output: Path, options: QuantizeOptions) -> None:
     CHECKPOINT is a folder, a Hugging Face hub id, or nano. An interrupted run continues when the same
     command is given again.
     """
-    from uhd_export.calibration.language_part import extract_language
-    from uhd_export.checkpoint.int4.settings import is_quantized
     from uhd_export.checkpoint.source import source_folder
+    from uhd_export.runtime.progress import status
 
-    if options.language_only and is_quantized(source_folder(source)):
-        extract_language(source, output, progress=True)
+    folder = source_folder(source, options.reading.revision)  # a download has a bar of its own
+    with status("loading PyTorch"):  # which takes seconds
+        from uhd_export.calibration.language_part import extract_language
+        from uhd_export.checkpoint.int4.settings import is_quantized
+
+    if options.language_only and is_quantized(folder):
+        extract_language(folder, output, progress=True)
         click.echo(f"{output}: {_LANGUAGE}")
     else:
         quantize_into(source, output, options)

@@ -23,15 +23,20 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden))
         self.out_proj = nn.Linear(hidden, hidden)
 
+    def weights(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """What (N, D) queries attend to among (B, N, K, D) keys: (B, N, heads, K), which sum to one."""
+        q, k = self._project(0, query), self._project(1, keys)
+        return torch.einsum("nhd,bnkhd->bnhk", q * q.shape[-1] ** -0.5, k).softmax(-1)
+
     def forward(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """(N, D) queries over (B, N, K, D) keys and values to (B, N, D)."""
-        parts = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
-            for x, (weight, bias) in zip((query, keys, values), parts, strict=True)
-        )
-        scores = torch.einsum("nhd,bnkhd->bnhk", q * q.shape[-1] ** -0.5, k)
-        return self.out_proj(torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(-1), v).flatten(2))
+        mixed = torch.einsum("bnhk,bnkhd->bnhd", self.weights(query, keys), self._project(2, values))
+        return self.out_proj(mixed.flatten(2))
+
+    def _project(self, part: int, x: torch.Tensor) -> torch.Tensor:
+        """Query (0), key (1) or value (2) of (..., D), a row a head: (..., heads, D / heads)."""
+        weight, bias = self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
+        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
 
 
 def pool_windows(features: torch.Tensor, roi_y: torch.Tensor, roi_x: torch.Tensor) -> torch.Tensor:
@@ -122,14 +127,20 @@ class HiwinProjector(_Resampler):
         keys, values = zip(*pairs, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
+    def queries(self) -> list[torch.Tensor]:
+        """The (N, D) queries of each set."""
+        return [self.ln_q(getattr(self, f"query_{i}")) + self.pos_embed for i in QUERY_SETS]
+
+    def attention(self, maps: dict[int, torch.Tensor], geometry: Geometry) -> torch.Tensor:
+        """What each window's queries attend to among its keys of all levels: (B, N, sets, heads, K)."""
+        keys, _ = self.windows(maps, geometry)
+        return torch.stack([self.attn.weights(query, keys) for query in self.queries()], 2)
+
     def attend(self, maps: dict[int, torch.Tensor], geometry: Geometry) -> torch.Tensor:
         """The pyramid's maps to (B, side^2, D) tokens."""
         keys, values = self.windows(maps, geometry)
-        sets = []
-        for i in QUERY_SETS:
-            query = self.ln_q(getattr(self, f"query_{i}")) + self.pos_embed
-            # One attention a query set, keys and values projected anew: as the released code runs.
-            sets.append(self.ln_proj(self.attn(query, keys, values)))
+        # One attention a query set, keys and values projected anew: as the released code runs.
+        sets = [self.ln_proj(self.attn(query, keys, values)) for query in self.queries()]
         return self.ln_post(self.cat_proj(torch.cat(sets, -1))) @ self.proj
 
     def forward(self, features: torch.Tensor, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:

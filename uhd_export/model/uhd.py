@@ -181,6 +181,7 @@ def load_model(
     source: str | Path,
     *,
     dtype: str = "float32",
+    revision: str | None = None,
     config: str | Path | None = None,
     vision_tower: str | Path | None = None,
     layout: str | None = None,
@@ -192,15 +193,15 @@ def load_model(
 ) -> UhdModel:
     """Load a LLaVA-UHD checkpoint, a folder, a Hugging Face hub id or "nano", as a PyTorch model.
 
-    `config` is a path that replaces the folder's config.json; `vision_tower` a folder or hub id
-    that replaces its `mm_vision_tower`; `layout` is flat or merged; `mask` the feature_scale_mask;
-    `grid_mode` selective, fix or pyramid; `resize` the longest side before slicing, or None; `roi_rounding`
-    exact or bf16, by default as the released code in `dtype`.
+    `revision` is a branch, tag or commit on the hub; `config` is a path that replaces the folder's
+    config.json; `vision_tower` a folder or hub id that replaces its `mm_vision_tower`; `layout` is flat or
+    merged; `mask` the feature_scale_mask; `grid_mode` selective, fix or pyramid; `resize` the longest side
+    before slicing, or None; `roi_rounding` exact or bf16, by default as the released code in `dtype`.
     Raises UhdError for whatever is missing, broken or not supported.
     """
     choice("dtype", dtype, DTYPES)
     roi_rounding = roi_rounding or ("bf16" if dtype == "bfloat16" else "exact")
-    reading = SourceOptions(config, vision_tower, layout, mask)
+    reading = SourceOptions(config, vision_tower, layout, mask, revision=revision)
     images = ImageOptions(grid_mode, max_slices, resize, roi_rounding)
-    folder = source_folder(source)
+    folder = source_folder(source, revision)
     return UhdModel(folder, read_config(folder, reading), DTYPES[dtype], images)

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from support.trace_processor import query
 
 from uhd_export.runtime.profiling.profiler import ProfileOptions
 from uhd_export.runtime.profiling.runs import Run, Span
@@ -29,11 +31,36 @@ def check_chrome_format(trace):
             open_until.append(event["ts"] + event["dur"])
 
 
-def test_a_real_answer_on_one_time_line(pipeline, tmp_path):
-    path = tmp_path / "trace.json"
+@pytest.fixture(scope="module")
+def trace_file(pipeline, tmp_path_factory):
+    """A trace of a real answer of two tokens."""
+    path = tmp_path_factory.mktemp("trace") / "trace.json"
     options = ProfileOptions((200, 200), ("fix",), repeats=1, tokens=2, device="cpu", threads=1)
     write_trace(pipeline, options, path)
-    trace = json.loads(path.read_text())
+    return path
+
+
+SPANS = """
+SELECT category AS cat, ts / 1000.0 AS ts, dur / 1000.0 AS dur, slice.name, thread.name AS row,
+       process.name AS process
+FROM slice JOIN thread_track ON track_id = thread_track.id JOIN thread USING (utid) JOIN process USING (upid)
+"""
+
+
+def test_perfettos_own_parser_opens_it(trace_file):
+    seen = query(trace_file, SPANS)
+    events = json.loads(trace_file.read_text())["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    written = [{**e, "row": rows[e["tid"]]} for e in events if e["ph"] == "X"]
+    assert len(written) > 100 and {span["process"] for span in seen} == {"uhd-export"}
+    for fields in (("row", "name", "cat"), ("ts",), ("dur",)):
+        ours, theirs = (sorted([span[f] for f in fields] for span in spans) for spans in (written, seen))
+        assert ours == (theirs if "name" in fields else pytest.approx(np.array(theirs), abs=0.002)), fields
+    assert query(trace_file, "SELECT name, value FROM stats WHERE severity = 'error' AND value > 0") == []
+
+
+def test_a_real_answer_on_one_time_line(trace_file):
+    trace = json.loads(trace_file.read_text())
     check_chrome_format(trace)
     spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     stages = [e for e in spans if e["tid"] == 1]
