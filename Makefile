@@ -81,7 +81,8 @@ docs: $(READY)
 	@echo "==> site/"
 	@rm -rf $(DOCS_LINKS) && mkdir -p $(DOCS_LINKS)/uhd_export
 	@ln -s $(CURDIR)/uhd_export/* $(CURDIR)/runtime $(CURDIR)/plugins $(CURDIR)/calibration $(DOCS_LINKS)/uhd_export
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@# Pages show what a notebook prints, and nobody needs its warnings there.
+	@NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/python -m mkdocs build --quiet
 	@rm -rf $(DOCS_LINKS)
 
 report: $(READY)
