@@ -18,24 +18,37 @@ _SECONDS, _SHARE = 2.0, 0.02
 
 
 class Bar:
-    """One line of progress."""
+    """One line of progress; `on_share` is told the share that is done, where it is known."""
 
-    def __init__(self, progress: RichProgress, task: TaskID, total: int | None) -> None:
+    def __init__(
+        self,
+        progress: RichProgress,
+        task: TaskID,
+        total: int | None,
+        on_share: Callable[[float], None] = lambda share: None,
+    ) -> None:
         self._progress, self._task, self._total = progress, task, total
+        self._done, self._on_share = 0, on_share
 
     def advance(self, steps: int = 1) -> None:
         """`steps` more are done."""
-        self._progress.advance(self._task, steps)
+        self._show(self._done + steps, self._total)
 
     def set(self, done: int, total: int) -> None:
         """`done` of `total` steps are done."""
-        self._total = total
-        self._progress.update(self._task, completed=done, total=total)
+        self._show(done, total)
 
     def finish(self) -> None:
         """All is done, whatever was counted."""
         total = self._total or 1
-        self._progress.update(self._task, completed=total, total=total)
+        self._show(total, total)
+
+    def _show(self, done: int, total: int | None) -> None:
+        self._done, self._total = done, total
+        at = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed
+        self._progress.update(self._task, completed=done, total=total, at=at)
+        if total:
+            self._on_share(min(done / total, 1.0))
 
 
 class _Count(ProgressColumn):
@@ -50,18 +63,26 @@ class _Count(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """The time left, from the mean pace since the task began; nothing while that says nothing."""
+    """The time left, from the mean pace since the task began; nothing while that says nothing.
+
+    Stages of a whole have no common pace, so the whole is told no time.
+    """
 
     def render(self, task: Task) -> Text:
-        left = seconds_left(task.elapsed or 0.0, task.completed, task.total)
+        at = task.fields.get("at")
+        left = None if at is None else seconds_left(at, task.elapsed or 0.0, task.completed, task.total)
         return Text("" if left is None else f"about {left:,.0f} s left")
 
 
-def seconds_left(elapsed: float, done: float, total: float | None) -> float | None:
-    """What the rest takes at the mean pace so far; None where too little is done to say."""
-    if not total or elapsed < _SECONDS or done < total * _SHARE or done >= total:
+def seconds_left(at: float, elapsed: float, done: float, total: float | None) -> float | None:
+    """What the rest takes at the mean pace until `at`, when `done` of `total` were done, less the time since.
+
+    None where too little is done to say, or one step takes longer than was foretold for all.
+    """
+    if not total or at < _SECONDS or done < total * _SHARE or done >= total:
         return None
-    return elapsed * (total - done) / done
+    left = at * (total - done) / done - (elapsed - at)
+    return left if left > 0 else None
 
 
 class _Overall:
@@ -76,6 +97,10 @@ class _Overall:
     def begin(self, stage: str) -> None:
         """A stage begins: the bar names it."""
         self.progress.update(self._task, description=f"{self._label}: {stage}")
+
+    def share(self, share: float) -> None:
+        """So much of the stage that is under way is done."""
+        self.progress.update(self._task, completed=min(self._done + share, self._stages))
 
     def end(self) -> None:
         """A stage is over; one that nobody foresaw makes the whole longer."""
@@ -128,7 +153,7 @@ def progress_bar(
     overall.begin(label)
     task = overall.progress.add_task(f"  {label}", total=total, nbytes=nbytes)
     try:
-        yield Bar(overall.progress, task, total)
+        yield Bar(overall.progress, task, total, overall.share)
         overall.end()  # and the stage's own bar vanishes
     finally:
         overall.progress.remove_task(task)

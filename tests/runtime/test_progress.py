@@ -1,6 +1,7 @@
 """Bars: they end full, say bytes in their unit, and one command has one overall bar."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,13 +11,21 @@ from uhd_export.runtime.progress import overall_bar, progress_bar, seconds_left
 
 
 @pytest.fixture
-def screen(monkeypatch):
+def clock():
+    """A clock that stands still at `now`, in seconds, until it is set."""
+    return SimpleNamespace(now=0.0)
+
+
+@pytest.fixture
+def screen(monkeypatch, clock):
     """What a terminal of 120 columns was sent."""
     out = io.StringIO()
     monkeypatch.setattr(
         progress,
         "Console",
-        lambda stderr: Console(file=out, force_terminal=True, width=120, color_system=None),
+        lambda stderr: Console(
+            file=out, force_terminal=True, width=120, color_system=None, get_time=lambda: clock.now
+        ),
     )
     return out
 
@@ -46,18 +55,44 @@ def test_bytes_are_said_in_their_unit(screen):
 
 
 @pytest.mark.parametrize(
-    ("elapsed", "done", "total", "left"),
+    ("at", "elapsed", "done", "total", "left"),
     [
-        (10.0, 25, 100, 30.0),
-        (90.0, 90, 100, 10.0),
-        (1.0, 50, 100, None),
-        (10.0, 1, 100, None),
-        (10.0, 5, None, None),
-        (10.0, 100, 100, None),
+        (10.0, 10.0, 25, 100, 30.0),
+        (90.0, 90.0, 90, 100, 10.0),
+        (90.0, 94.0, 90, 100, 6.0),
+        (90.0, 101.0, 90, 100, None),
+        (1.0, 3.0, 50, 100, None),
+        (10.0, 10.0, 1, 100, None),
+        (10.0, 10.0, 5, None, None),
+        (10.0, 10.0, 100, 100, None),
     ],
 )
-def test_time_left_is_of_the_mean_pace_or_not_said(elapsed, done, total, left):
-    assert seconds_left(elapsed, done, total) == left
+def test_time_left_is_of_the_mean_pace_or_not_said(at, elapsed, done, total, left):
+    """It counts down between two steps, and says nothing once it is over."""
+    assert seconds_left(at, elapsed, done, total) == left
+
+
+def test_a_bar_tells_the_time_left_of_its_own_steps(screen, clock):
+    with progress_bar("steps", 4) as bar:
+        for seconds in (3, 6):
+            clock.now = seconds
+            bar.advance()
+            bar._progress.refresh()
+        clock.now = 8
+        bar._progress.refresh()
+    assert "about 6 s left" in screen.getvalue() and "about 4 s left" in screen.getvalue()
+
+
+def test_the_whole_moves_with_its_stage_and_tells_no_time(screen, clock):
+    """Stages take as long as they take: a mean of them foretells nothing."""
+    with overall_bar("build", 2), progress_bar("vision") as bar:
+        clock.now = 10
+        bar.set(9, 10)
+        task = progress._Overall.current.progress.tasks[0]
+        assert task.completed == pytest.approx(0.9)
+        bar._progress.refresh()
+    lines = [line for line in screen.getvalue().splitlines() if "left" in line]
+    assert lines and not any("build" in line for line in lines)
 
 
 def test_stages_are_one_bar(screen):
