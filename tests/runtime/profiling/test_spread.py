@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from uhd_export.runtime.engines.product import product
 from uhd_export.runtime.profiling import energy, machine
 from uhd_export.runtime.profiling.energy import EnergyMeter
 from uhd_export.runtime.profiling.machine import OtherWork
-from uhd_export.runtime.profiling.rates import _product, measure_rates
+from uhd_export.runtime.profiling.rates import measure_rates
 from uhd_export.runtime.profiling.spread import Spread, bootstrap, is_steady, percentiles
 
 
@@ -86,7 +87,7 @@ def test_rates_of_this_machine():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_model_of_one_product_is_onnx(dtype):
     onnx = pytest.importorskip("onnx")
-    model = onnx.load_from_string(_product(np.dtype(dtype)))
+    model = onnx.load_from_string(product(np.dtype(dtype)))
     onnx.checker.check_model(model)
     (node,) = model.graph.node
     assert node.op_type == "MatMul" and [i.name for i in model.graph.input] == ["a", "b"]
