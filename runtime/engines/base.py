@@ -80,8 +80,11 @@ class Binding(ABC):
         """
 
     def rows(self, start: int, stop: int) -> "Binding":
-        """A binding on rows `start` to `stop` of the same memory, where the first axis is free."""
-        raise NotImplementedError(f"{type(self).__name__} has no rows")
+        """A binding on rows `start` to `stop` of the same memory, where the first axis is free.
+
+        Raises UhdError where the backend's memory cannot be taken apart.
+        """
+        raise UhdError(f"slots: {type(self).__name__} keeps one sequence; use --slots 1")
 
     @abstractmethod
     def read(self, name: str) -> NDArray[Any]:

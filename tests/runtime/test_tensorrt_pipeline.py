@@ -26,6 +26,9 @@ from uhd_export.runtime.engines.tensorrt import backend as tensorrt_backend
 from uhd_export.runtime.engines.tensorrt import engine as tensorrt_engine
 from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.source import open_image
+from uhd_export.runtime.serving.dialogue import Message
+from uhd_export.runtime.serving.service import Service, ServiceOptions
 from uhd_export.runtime.terminal.bundle_report import describe_engines
 from uhd_export.tensorrt import language_profiles, vision_profiles
 
@@ -112,8 +115,8 @@ def test_options_of_engines_need_a_backend_that_builds_them(fails, tmp_path, opt
 
 
 @pytest.fixture
-def pipelines(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
-    """The golden bundle in ONNX Runtime, and the same model's engines on a faked GPU."""
+def on_faked_gpu(spoken_checkpoint, tmp_path, monkeypatch):
+    """The golden bundle's model as engines on a faked GPU, which is given too."""
     config = read_config(spoken_checkpoint, SourceOptions(vision_tower=spoken_checkpoint / "clip"))
     checkpoint = Checkpoint(spoken_checkpoint)
     emit_vision(config, checkpoint, tmp_path / "vision.onnx")
@@ -134,8 +137,14 @@ def pipelines(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
         module = fake_module(cuda, record)
         monkeypatch.setattr(tensorrt_engine, "open_tensorrt", lambda backend, module=module: module)
         made[part] = TensorrtEngine(path)
-    manifest = read_manifest(golden_bundle)
-    device = Pipeline(golden_bundle, manifest, made["vision"], made["language"], context=CONTEXT)
+    return made["vision"], made["language"], cuda
+
+
+@pytest.fixture
+def pipelines(golden_bundle, on_faked_gpu):
+    """The golden bundle in ONNX Runtime, and the same model's engines on a faked GPU."""
+    vision, language, cuda = on_faked_gpu
+    device = Pipeline(golden_bundle, read_manifest(golden_bundle), vision, language, context=CONTEXT)
     with Pipeline.open(golden_bundle, context=CONTEXT, threads=1) as host, device:
         yield host, device, cuda
 
@@ -155,3 +164,23 @@ def test_a_pipeline_of_engines_equals_onnx_runtime(pipelines):
     assert 0 < cuda.copied_in < 20 * 256 * 4
     large = np.array(recipe.image(700, 500, 1))
     assert device.generate_ids(large, question, 3) == host.generate_ids(large, question, 3)
+
+
+def test_a_service_of_engines_answers_each_as_alone(golden_bundle, on_faked_gpu):
+    """Its slots are caches of their own; images are encoded in another thread, which takes turns."""
+    vision, language, cuda = on_faked_gpu
+    manifest = read_manifest(golden_bundle)
+    cases = [(recipe.image(500, 120, 5), "what"), (recipe.image(336, 336, 3), "why"), ([], "what is this")]
+    options = ServiceOptions(slots=2, context=CONTEXT)
+    with Pipeline.open(golden_bundle, context=CONTEXT, threads=1) as host:
+        texts = ["".join(host.generate(image, asked, max_new_tokens=6)) for image, asked in cases]
+    with Service(golden_bundle, manifest, manifest.settings, (vision, language), options) as service:
+        assert not service.scheduler._rows.together
+        streams = []
+        for image, question in cases:
+            images = [open_image(image)] if len(image) else []
+            message = Message("user", ("", f"\n{question}") if images else (question,))
+            request = service.prepare([message], images, max_tokens=6)
+            streams.append(service.submit(request))
+        assert [stream.text() for stream in streams] == texts
+    assert len(cuda.users) > 1

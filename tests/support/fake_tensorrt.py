@@ -7,6 +7,7 @@ holds the path of an ONNX graph, by ONNX Runtime, reading and writing that memor
 import bisect
 import ctypes
 import functools
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ class FakeCuda:
         self.name, self.capability, self.memory, self.stream = "Fake GPU", capability, memory, 7
         self.blocks, self.next, self.queued, self.graphs = {}, 4096, [], {}
         self.captured_into = None
+        self.lock, self.users = threading.RLock(), set()
         self.copied_in = self.copied_out = self.copied = self.launches = 0
 
     def allocate(self, nbytes):
@@ -49,6 +51,9 @@ class FakeCuda:
         return self.at(address, nbytes).view(dtype).reshape(shape)
 
     def queue(self, work):
+        self.users.add(threading.get_ident())
+        # Of several threads one queues at a time.
+        assert len(self.users) == 1 or self.lock._is_owned(), "queued beside another thread"
         (self.queued if self.captured_into is None else self.captured_into).append(work)
 
     def zero(self, address, nbytes):

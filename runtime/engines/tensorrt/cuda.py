@@ -22,6 +22,8 @@ class Cuda:
 
     def __init__(self, number: int = 0) -> None:
         self._api = _import_runtime()
+        self.lock = threading.RLock()
+        """Held while work is queued: threads share the stream, its scratch and what is captured of it."""
         self.number, self._thread = number, threading.local()
         count = self._first_call()
         if count < 1:

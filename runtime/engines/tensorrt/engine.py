@@ -80,28 +80,31 @@ class TensorrtEngine(Engine):
     def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`. Feeds may be device arrays too."""
         check_feeds(feeds, self.inputs, {})
-        with plugin_errors(self._plugins):
+        with self.cuda.lock, plugin_errors(self._plugins):
             return self._fetch(self._alone().run(feeds))
 
     def infer_resident(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, DeviceArray]:
         """As `infer`, but the outputs are arrays of their own on the device."""
         check_feeds(feeds, self.inputs, {})
-        with plugin_errors(self._plugins):
-            outputs = self._alone().run(feeds, own=True)
         inplace = self.record.aliases
-        return {name: self._copy(array) if name in inplace else array for name, array in outputs.items()}
+        with self.cuda.lock, plugin_errors(self._plugins):
+            outputs = self._alone().run(feeds, own=True)
+            return {name: self._copy(array) if name in inplace else array for name, array in outputs.items()}
 
     def gather(self, pieces: Sequence[Array], dtype: np.dtype[Any]) -> DeviceArray:
         """(S, D) rows of all pieces on the device; see `memory.gather`."""
-        return gather(self.cuda, pieces, dtype)
+        with self.cuda.lock:
+            return gather(self.cuda, pieces, dtype)
 
     def fetch(self, array: Array) -> NDArray[Any]:
         """A copy of `array` on the host."""
-        return array.numpy(self.cuda) if isinstance(array, DeviceArray) else array
+        with self.cuda.lock:
+            return array.numpy(self.cuda) if isinstance(array, DeviceArray) else array
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "TensorrtBinding":
         """See `Engine.bind`. Only outputs that the engine updates in place can share a buffer."""
-        return TensorrtBinding(self, shared, sizes)
+        with self.cuda.lock:
+            return TensorrtBinding(self, shared, sizes)
 
     def context(self, bound: Mapping[str, DeviceArray], *, graphs: bool) -> Context:
         """A context of this engine; graphs are left out where times by layer are wanted."""
@@ -218,7 +221,8 @@ class TensorrtBinding(Binding):
     def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`. Feeds may be device arrays too, which are read where they are."""
         check_feeds(feeds, self._engine.inputs, self._shared)
-        return self._engine._fetch(self._context(feeds).run(feeds))
+        with self._engine.cuda.lock:
+            return self._engine._fetch(self._context(feeds).run(feeds))
 
     def _context(self, feeds: Mapping[str, Array]) -> Context:
         """The context for these shapes: one for each profile, so that a prompt leaves decoding's graph alone.

@@ -41,30 +41,32 @@ def _take(cuda: Cuda, nbytes: int) -> int:
     A kept block may still be in use by queued work: whatever is done with it now is queued behind that, on
     the one stream.
     """
-    spare = _spare(cuda)
-    if spare.get(nbytes):
-        return spare[nbytes].pop()
-    try:
-        return cuda.allocate(nbytes)
-    except UhdError:
-        kept = [address for addresses in spare.values() for address in addresses]
-        if not kept:
-            raise
-        spare.clear()
-        cuda.synchronize()
-        for address in kept:
-            cuda.free(address)
-        return cuda.allocate(nbytes)
+    with cuda.lock:
+        spare = _spare(cuda)
+        if spare.get(nbytes):
+            return spare[nbytes].pop()
+        try:
+            return cuda.allocate(nbytes)
+        except UhdError:
+            kept = [address for addresses in spare.values() for address in addresses]
+            if not kept:
+                raise
+            spare.clear()
+            cuda.synchronize()
+            for address in kept:
+                cuda.free(address)
+            return cuda.allocate(nbytes)
 
 
 def _give(cuda: Cuda, address: int, nbytes: int) -> None:
     """Keep a block for the next, or free it once the queued work is done: a large one, or one too many."""
-    kept = sum(size * len(addresses) for size, addresses in _spare(cuda).items())
-    if nbytes <= KEPT and kept + nbytes <= MOST_KEPT:
-        _spare(cuda).setdefault(nbytes, []).append(address)
-        return
-    cuda.synchronize()
-    cuda.free(address)
+    with cuda.lock:
+        kept = sum(size * len(addresses) for size, addresses in _spare(cuda).items())
+        if nbytes <= KEPT and kept + nbytes <= MOST_KEPT:
+            _spare(cuda).setdefault(nbytes, []).append(address)
+            return
+        cuda.synchronize()
+        cuda.free(address)
 
 
 class Buffer:

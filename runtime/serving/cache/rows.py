@@ -48,7 +48,9 @@ class Rows:
         """Whether one run decodes several rows."""
         sizes = {"capacity": context, ROWS: count if self.together else 1}
         self._caches = [engine.bind(shared, sizes) for _ in range(1 if self.together else count)]
-        self._parts: dict[tuple[int, int], Binding] = {}
+        self._parts: dict[tuple[int, int], Binding] = {(0, count): self._caches[0]}
+        if self.together and count > 1:  # else the first request would find that a backend has no rows
+            self._binding(0, 1)
         # What each row's first position is made of, see `step`.
         self._first = np.zeros((count, self.hidden), self._dtype)
 
@@ -63,7 +65,7 @@ class Rows:
         if total > self.context:
             raise UhdError(f"context: {total} positions are needed, but a slot holds {self.context}")
         embeds = embeds.astype(self._dtype, copy=False)
-        if start == 0:
+        if self.together and start == 0:
             self._first[row] = embeds[0]
         logits = self._run(row, row + 1, embeds[None], [total], stop)
         self.lengths[row] = total

@@ -6,7 +6,8 @@ from support.tiny_language import CONTEXT, MODELS, difference, embeddings, reade
 
 from uhd_export.graph.language import emit_language
 from uhd_export.runtime.engines.backends import open_engine
-from uhd_export.runtime.engines.base import Stop, Stopped
+from uhd_export.runtime.engines.base import Binding, Stop, Stopped
+from uhd_export.runtime.engines.onnxruntime import OrtBinding
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.serving.cache.rows import Rows
 
@@ -77,3 +78,16 @@ def test_a_full_row_is_refused_and_a_stopped_run_changes_nothing(language):
         rows.append(0, embeds[:1])
     if rows.together:
         assert rows.lengths == [CONTEXT, 4]
+
+
+def test_a_backend_without_rows_takes_one_slot_and_refuses_more_at_once(language, monkeypatch):
+    engine, model = language
+    monkeypatch.setattr(OrtBinding, "rows", Binding.rows)
+    one, inputs = Rows(engine, 1, CONTEXT), embeddings(9)[0]
+    one.append(0, inputs[:8])
+    assert difference(one.step([0], inputs[8:9])[0], reference(model, inputs[None])[8]) < 5e-6
+    if one.together:
+        with pytest.raises(UhdError, match=r"^slots: OrtBinding keeps one sequence; use --slots 1$"):
+            Rows(engine, 2, CONTEXT)
+    else:  # each slot has a cache of its own
+        assert Rows(engine, 2, CONTEXT).count == 2
