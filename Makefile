@@ -5,6 +5,7 @@
 # make docs     the documentation site, in site/
 # make report   docs/report.html and its pictures: nano profiled on this machine, which should be idle
 # make test-gpu    what ONNX Runtime does on a GPU, counted on a CUDA that computes nothing
+# make browser    Chromium for the tests of pages, where it can be had; without it they are skipped
 # Each makes .venv when it is missing; afterwards nothing is installed again until pyproject.toml changes.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ IMAGE := examples/cards-1.png
 GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
 QUESTION := What is the code on the red card?
 
-.PHONY: help test quick test-gpu fuzz demo serve-demo lint docs report clean
+.PHONY: help test quick test-gpu fuzz demo serve-demo lint docs report clean browser
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,14 @@ test: $(READY)
 quick: $(READY)
 	@echo "==> tests that are quick"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+
+# Root may install Debian's; else Playwright brings its own, where its host is reached.
+browser: $(READY)
+	@echo "==> Chromium"
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && timeout 600 sh -c \
+		'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium' \
+		>/dev/null 2>&1; } || timeout 300 $(BIN)/python -m playwright install chromium-headless-shell >/dev/null 2>&1 \
+		|| echo "not to be had here: the tests of pages are skipped"
 
 # The GPU wheel writes over the CPU's in one environment: it has one of its own, which finds the rest in .venv.
 GPU_VENV := .venv-gpu

@@ -1,6 +1,7 @@
 """Fixtures of the runtime's tests."""
 
 import pytest
+from support.browser import chromium
 
 
 @pytest.fixture(scope="module")
@@ -9,4 +10,11 @@ def pipeline(golden_bundle):
     from uhd_export.runtime import Pipeline
 
     with Pipeline.open(golden_bundle, threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def browser():
+    """Chromium."""
+    with chromium() as opened:
         yield opened

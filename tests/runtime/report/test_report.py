@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -52,6 +53,28 @@ def test_the_page_needs_nothing_else(facts):
     hosts = set(re.findall(r"https?://([\w.]+)", html))
     assert hosts <= {"www.w3.org"}, "the namespaces of SVG alone"
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(browser, facts, tmp_path, width, scheme):
+    path = tmp_path / "profile.html"
+    path.write_text(profile_page(facts), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    problems, fetched = [], []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto(path.as_uri())
+    boxes = page.evaluate("() => [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect())")
+    assert len(boxes) == 7 and all(box["width"] > 200 and box["height"] > 80 for box in boxes)
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    red, green, blue = map(
+        int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
+    )
+    assert (red + green + blue > 384) == (scheme == "light")
+    assert not problems and fetched == [path.as_uri()]
+    if "UHD_SCREENSHOTS" in os.environ:
+        page.screenshot(path=f"{os.environ['UHD_SCREENSHOTS']}/profile-{width}.png", full_page=True)
 
 
 def test_the_page_shows_every_figure(facts):

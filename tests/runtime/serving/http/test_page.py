@@ -1,7 +1,6 @@
-"""The page in a real browser: nothing fetched from fetched, an answer streamed, slices drawn."""
+"""The page in a real browser: nothing fetched from elsewhere, an answer streamed, slices drawn."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,7 @@ from support.live_server import live
 
 from uhd_export.runtime.serving.http.front import HttpOptions
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 ROOT = Path(__file__).parents[4]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-
-
-@pytest.fixture
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 760), (390, 844)])
