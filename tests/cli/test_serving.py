@@ -96,6 +96,12 @@ def test_serve_refuses_in_one_line(fails, golden_bundle, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: Address already in use" in fails("serve", golden_bundle, "--port", port)
+        arguments = ("serve", golden_bundle, "--cluster", 2)
+        assert f"--port {port}: Address already in use" in fails(*arguments, "--port", port)
+    assert "--most 1: is less than --cluster 2" in fails(*arguments, "--most", 1)
+    assert "--most 3: needs --cluster" in fails("serve", golden_bundle, "--most", 3)
+    assert "--device cuda:1: a cluster gives each" in fails(*arguments, "--device", "cuda:1")
+    assert "no manifest.json" in fails("serve", tmp_path, "--cluster", 2)
     assert "an empty key" in fails("serve", golden_bundle, "--api-key", "")
     assert "context 99999999" in fails("serve", golden_bundle, "--port", 0, "--context", 99999999)
     assert "no manifest.json" in fails("serve", tmp_path, "--port", 0)

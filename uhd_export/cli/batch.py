@@ -7,7 +7,7 @@ import click
 
 from uhd_export.cli.command import Command, option
 from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
-from uhd_export.cli.serving import SlotOptions, slot_options
+from uhd_export.cli.serving import SlotOptions, share, slot_options
 
 if TYPE_CHECKING:
     from uhd_export.runtime.serving.batch.file import BatchOptions, BatchResult
@@ -75,8 +75,7 @@ def _on_cluster(
     manifest, bundle, questions = read_manifest(bundle), bundle.resolve(), questions.resolve()
     if options.image_root is not None:
         options = replace(options, image_root=options.image_root.resolve())
-    gpus = int((opening.device or "cpu").startswith("cuda"))
-    workers = WorkerOptions(count, slots.slots, gpus, opening.threads or 1)
+    workers = WorkerOptions(count, slots.slots, **share(bundle, opening))
     results = cluster_results(lambda: slots.open(bundle, opening), questions, options, workers)
     settings = configured(manifest.settings, **{"resize": KEEP, **slots.slicing(opening)})
     run = run_digest(manifest, settings, opening.context or settings.context, options)

@@ -1,5 +1,6 @@
 """The command `serve`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,13 +8,26 @@ import click
 
 from uhd_export.cli.command import Command, concern, option
 from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
-from uhd_export.cli.serving import SERVING, SlotOptions, line_options
+from uhd_export.cli.serving import SERVING, SlotOptions, line_options, share
 from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
     from uhd_export.runtime.serving.http.front import HttpOptions
 
-HTTP = "HTTP"
+HTTP, CLUSTER = "HTTP", "Cluster"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of a cluster, and the most of them where many ask; without, it is this process that serves."""
+
+    cluster: int | None
+    most: int | None
+
+    def __post_init__(self) -> None:
+        """Raise UhdError where one needs the other."""
+        if self.most is not None and self.cluster is None:
+            raise UhdError(f"--most {self.most}: needs --cluster N, the devices to begin with")
 
 
 def _http(
@@ -57,6 +71,20 @@ def _http(
     option("--name", default="llava-uhd", metavar="NAME", help="Of the model, to clients.", section=HTTP),
 )
 @option("--grace", default=10, type=COUNT, metavar="S", help="For answers at the end.", section=SERVING)
+@concern(
+    "devices",
+    Devices,
+    option(
+        "--cluster", type=COUNT, metavar="N", help="Serve on N devices of a Ray cluster.", section=CLUSTER
+    ),
+    option(
+        "--most",
+        type=COUNT,
+        metavar="N",
+        help="Devices while many ask; default: as --cluster says.",
+        section=CLUSTER,
+    ),
+)
 @line_options
 @pipeline_options
 def serve(
@@ -65,23 +93,80 @@ def serve(
     port: int,
     http: "HttpOptions",
     grace: int,
+    devices: Devices,
     slots: SlotOptions,
     opening: PipelineOptions,
 ) -> None:
     """Serve BUNDLE to many callers: OpenAI's chat API, metrics, and a page to try it on."""
+    if host not in ("127.0.0.1", "::1", "localhost") and not http.keys:
+        click.echo("everybody who reaches this address may ask; --api-key limits that", err=True)
+    if devices.cluster is not None:
+        _on_cluster(devices, bundle, (host, port), http, grace, slots, opening)
+    else:
+        _here(bundle, (host, port), http, grace, slots, opening)
+
+
+def _here(
+    bundle: Path,
+    address: tuple[str, int],
+    http: "HttpOptions",
+    grace: int,
+    slots: SlotOptions,
+    opening: PipelineOptions,
+) -> None:
     from uhd_export.runtime.interrupts import forget_interrupt
     from uhd_export.runtime.serving.http.app import create_app
     from uhd_export.runtime.serving.http.server import listen, make_server
 
-    with listen(host, port) as listening, slots.open(bundle, opening) as service:
+    with listen(*address) as listening, slots.open(bundle, opening) as service:
         where = "http://{}:{}".format(*listening.getsockname()[:2])
         click.echo(
             f"{where}: {slots.slots} slots of {service.context} positions, "
             f"{service.memory.total / 1e9:.2f} GB reserved; Ctrl-C ends it"
         )
-        if host not in ("127.0.0.1", "::1", "localhost") and not http.keys:
-            click.echo("everybody who reaches this address may ask; --api-key limits that", err=True)
         try:
             make_server(create_app(service, http), grace=grace).run([listening])
         except KeyboardInterrupt:  # uvicorn ended properly, and then tells what ended it
+            forget_interrupt()
+
+
+def _on_cluster(
+    devices: Devices,
+    bundle: Path,
+    address: tuple[str, int],
+    http: "HttpOptions",
+    grace: int,
+    slots: SlotOptions,
+    opening: PipelineOptions,
+) -> None:
+    from contextlib import ExitStack
+    from threading import Event
+
+    from uhd_export.runtime.interrupts import forget_interrupt, handle_interrupts
+    from uhd_export.runtime.progress import status
+    from uhd_export.runtime.serving.cluster.serve import ClusterOptions, deployed
+    from uhd_export.runtime.serving.http.server import listen
+
+    first, bundle = devices.cluster or 1, bundle.resolve()
+    options = ClusterOptions(
+        first,
+        devices.most,
+        slots.slots,
+        slots.waiting or 2 * slots.slots,
+        grace=grace,
+        **share(bundle, opening),
+    )
+    host = address[0]
+    with listen(*address) as free:  # Ray listens itself: a port that is taken is told of here
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        with status("starting the replicas"):
+            opened = deployed(lambda: slots.open(bundle, opening), http, options, host=host, port=port)
+            stack.enter_context(opened)
+        handle_interrupts()  # Ray has its own way to end
+        most = f" to {devices.most}" if devices.most else ""
+        click.echo(f"http://{host}:{port}: {first}{most} replicas of {slots.slots} slots; Ctrl-C ends it")
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
             forget_interrupt()

@@ -8,6 +8,7 @@ import click
 
 from uhd_export.cli.command import concern, option
 from uhd_export.cli.options import COUNT
+from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
     from uhd_export.cli.options import PipelineOptions
@@ -43,6 +44,17 @@ class SlotOptions:
             return Service.open(
                 bundle, options, device=opening.device, threads=opening.threads, slicing=self.slicing(opening)
             )
+
+
+def share(bundle: Path, opening: "PipelineOptions") -> dict[str, float]:
+    """What a device of a cluster has for `bundle`: one of its GPUs, or CPUs. Raises UhdError."""
+    from uhd_export.runtime.bundle.manifest import read_manifest
+
+    backend = read_manifest(bundle).backend
+    device = opening.device or ("cpu" if backend == "onnxruntime" else "cuda")
+    if ":" in device:
+        raise UhdError(f"--device {device}: a cluster gives each its own GPU; use --device cuda")
+    return {"gpus": 1, "cpus": 1} if device == "cuda" else {"gpus": 0, "cpus": opening.threads or 1}
 
 
 _slot_options = (

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 from numpy.typing import NDArray
 
 from uhd_export.runtime.serving.batch.file import BatchOptions, Line, Results, answer_lines
+from uhd_export.runtime.serving.cluster.connection import connect
 from uhd_export.runtime.serving.service import Service
 
 
@@ -36,8 +36,7 @@ def cluster_results(
     def results(lines: Sequence[Line]) -> Iterator[tuple[Line, dict[str, Any]]]:
         if not lines:
             return
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+        connect(workers.count, cpus=workers.cpus, gpus=workers.gpus)
         ray.data.DataContext.get_current().enable_progress_bars = False
         known = {line.number: line for line in lines}
         block = 4 * workers.slots

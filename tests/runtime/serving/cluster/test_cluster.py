@@ -5,6 +5,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import httpx
 import pytest
 from support.requests import about
 
+from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.serving.http.front import HttpOptions
 
 ray = pytest.importorskip("ray")
@@ -25,28 +29,38 @@ def open_nano(bundle):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray on this machine."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    """Ray on this machine. It would end its own processes where others' take the memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def address(cluster, nano_bundle):
-    from ray import serve
-
-    from uhd_export.runtime.serving.cluster.serve import ClusterOptions, run
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = ClusterOptions(replicas=2, slots=2, cpus=0.1)
-    run(open_nano(nano_bundle), HttpOptions(keys=("secret",)), options, port=port)
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+def command(cluster, nano_bundle):
+    """`uhd-export serve --cluster 2` on that cluster: its process, and where it serves."""
+    arguments = ["serve", str(nano_bundle), "--cluster", "2", "--port", "0", "--api-key", "secret"]
+    options = ["--slots", "2", "--context", "2048", "--threads", "1"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen(
+        [sys.executable, "-m", "uhd_export", *arguments, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            assert "2 replicas of 2 slots" in line, process.stderr.read()
+            yield process, line.partition(": ")[0]
+        finally:
+            process.kill()
 
 
 @pytest.fixture
-def client(address):
+def client(command):
+    _, address = command
     headers = {"Authorization": "Bearer secret"}
     with httpx.Client(base_url=address, headers=headers, timeout=120) as client:
         yield client
@@ -62,7 +76,7 @@ def replicas() -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"ServeReplica:default:replica" in path.read_bytes():
+            if b"ServeReplica:uhd-export:replica" in path.read_bytes():
                 found.add(int(path.parent.name))
     return found
 
@@ -92,6 +106,60 @@ def test_the_cluster(client, cards):
             statuses.append(ask(client, image, question).status_code)
             assert statuses[-1] in (200, 503)
     assert ask(client, image, question).json()["choices"][0]["message"]["content"] == code
+
+
+@pytest.mark.slow
+def test_the_cluster_is_left_as_it_was(command):
+    process, _ = command
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert process.stderr.read() == ""
+    wait_for(lambda: not replicas())
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_with_the_callers(cluster, nano_bundle):
+    from uhd_export.runtime.serving.cluster.serve import ClusterOptions, deployed
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ClusterOptions(replicas=1, most=2, slots=1, cpus=0.1, up=1, down=2)
+    served = deployed(open_nano(nano_bundle), HttpOptions(), options, port=port)
+    with served, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        assert len(replicas()) == 1
+        over = threading.Event()
+
+        def call():
+            body = {"messages": [{"role": "user", "content": "Go."}], "logit_bias": {"2": -100}}
+            while not over.is_set():
+                answer = client.post("/v1/chat/completions", json=body | {"max_tokens": 300})
+                assert answer.status_code == 200, answer.text
+
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        try:
+            wait_for(lambda: len(replicas()) == 2)
+        finally:
+            over.set()
+            for caller in callers:
+                caller.join()
+        wait_for(lambda: len(replicas()) == 1)
+
+
+@pytest.mark.slow
+def test_replicas_that_cannot_start_are_one_line(cluster, tmp_path):
+    from uhd_export.runtime.serving.cluster.serve import ClusterOptions, deployed
+
+    with pytest.raises(UhdError, match=r"the replicas do not start; .*no manifest.json"):
+        deployed(open_nano(tmp_path), HttpOptions(), ClusterOptions(cpus=0.1)).__enter__()
 
 
 @pytest.mark.slow
