@@ -7,14 +7,11 @@ import numpy as np
 
 from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.image.encoder import MAX_BATCH
-
-_CROP_PIXELS = 336 * 336
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, beside the weights: the slots' cache, encoded images, and crops of those who wait."""
+    """Bytes, beside the weights: the slots' cache, encoded images, and crops of all requests."""
 
     cache: int
     encoded: int
@@ -40,9 +37,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """What `slots` of `context` positions take, keys and values in `dtype`.
 
-    `encoded` bytes of images come to them, and the crops of `waiting` requests of one image each.
+    `encoded` bytes of images come to them, and `waiting` of cut ones.
     """
     language = model.language
     position = 2 * language.layers * language.kv_heads * language.head_size * np.dtype(dtype).itemsize
-    crops = MAX_BATCH * 3 * _CROP_PIXELS
-    return MemoryPlan(slots * context * position, encoded, (slots + waiting) * crops)
+    return MemoryPlan(slots * context * position, encoded, waiting)

@@ -16,12 +16,12 @@ from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.language.decoder import KEY_VALUE, PAST
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.prompt import load_tokenizer
-from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
+from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.memory import available_memory
 from uhd_export.runtime.pipeline import KEEP, configured
 from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
-from uhd_export.runtime.serving.images.cutting import ImageCutter
+from uhd_export.runtime.serving.images.cutting import CutImage, ImageCutter
 from uhd_export.runtime.serving.images.encoded import EncodedImages
 from uhd_export.runtime.serving.images.worker import VisionWorker
 from uhd_export.runtime.serving.memory import plan_memory
@@ -73,7 +73,7 @@ class Service:
             slots=options.slots,
             context=self.context,
             encoded=options.image_cache,
-            waiting=options.limits.waiting,
+            waiting=options.limits.crop_bytes,
         )
         # What a GPU has left is not known here: its engines refuse what does not fit.
         on = getattr(language, "device", None)
@@ -134,9 +134,9 @@ class Service:
             language.close()
             raise
 
-    def plan(self, image: Image.Image) -> PlannedImage:
-        """How an RGB `image` is cut. Raises UhdError where it cannot be."""
-        return self._cutter.plan(image)
+    def cut(self, image: Image.Image) -> CutImage:
+        """An RGB `image` cut, its pixels dropped. Raises UhdError where it cannot be."""
+        return self._cutter.cut(image)
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue, -200 where an image goes."""
@@ -149,7 +149,7 @@ class Service:
     def prepare(
         self,
         messages: Sequence[Message],
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image | CutImage] = (),
         *,
         max_tokens: int | None = None,
         choosing: Choosing | None = None,
@@ -158,27 +158,36 @@ class Service:
         seconds: float | None = None,
         caller: str = "",
     ) -> Request:
-        """A request about RGB `images`, cut and checked. Raises UhdError naming what cannot be answered."""
+        """A request about RGB `images`, cut here where they are not yet, and checked.
+
+        Raises UhdError naming what cannot be answered.
+        """
         if max_tokens is not None and max_tokens < 1:
             raise UhdError(f"max_tokens: {max_tokens} is out of range; use 1 or more")
         ids = self.token_ids(messages)
-        cut = [self._cutter.cut(image) for image in images]
-        sequence = PromptSequence(ids, [image.planned for image, _ in cut])
+        cut = tuple(image if isinstance(image, CutImage) else self.cut(image) for image in images)
+        sequence = PromptSequence(ids, [image.planned for image in cut])
         if len(sequence) > self.context:
             raise UhdError(
                 f"messages: {len(sequence)} positions are more than the context of {self.context}; shorten "
                 "them, or send fewer or smaller images"
             )
+        limit = self.settings.prompt_limit
+        if limit is not None and len(sequence) > limit:
+            raise UhdError(
+                f"messages: {len(sequence)} positions are more than tokenizer_model_max_length {limit}, "
+                "where the released code cuts them; shorten them, or send fewer or smaller images"
+            )
         return Request(
             sequence,
-            tuple(image for image, _ in cut),
+            cut,
             max_tokens,
             choosing or Choosing(self.settings.sampling),
             tuple(stop),
             grammar,
             seconds,
             caller,
-            sum(seconds for _, seconds in cut),
+            sum(image.seconds for image in cut),
         )
 
     def submit(self, request: Request) -> AnswerStream:

@@ -13,7 +13,7 @@ from uhd_export.runtime.image.fetch import Fetcher, FetchLimits
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http import chat
 from uhd_export.runtime.serving.http.schema import ChatMessage, ChatRequest
-from uhd_export.runtime.serving.images.cutting import read_image
+from uhd_export.runtime.serving.images.cutting import CutImage, read_image
 from uhd_export.runtime.serving.scheduling.request import Request
 from uhd_export.runtime.serving.service import Service
 
@@ -42,28 +42,37 @@ class Front:
 
     def __init__(self, service: Service, options: HttpOptions, fetcher: Fetcher) -> None:
         self.service, self.options, self.fetcher = service, options, fetcher
+        self._preparing = 0
         # Images are opened and cut beside the engines; more threads would only take their time.
         self._threads = anyio.CapacityLimiter(2)
 
-    async def image(self, url: str) -> Image.Image:
-        """The RGB image at `url`. Raises UhdError."""
+    async def image(self, url: str, use: Callable[[Image.Image], T]) -> T:
+        """What `use` makes of the RGB image at `url`, whose pixels live no longer. Raises UhdError."""
         data = await self.fetcher.fetch(url)
-        return await self.apart(read_image, data, max_pixels=self.options.max_pixels)
+        return await self.apart(lambda: use(read_image(data, max_pixels=self.options.max_pixels)))
 
     async def apart(self, function: Callable[..., T], *arguments: object, **options: object) -> T:
         """The result of `function`, run in a thread."""
         call = functools.partial(function, *arguments, **options)
         return await anyio.to_thread.run_sync(call, limiter=self._threads)
 
-    async def dialogue(self, messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Image.Image]]:
-        """Turns and their images. Raises UhdError."""
+    async def dialogue(self, messages: Sequence[ChatMessage]) -> tuple[list[Message], list[CutImage]]:
+        """Turns and their images, cut. Raises UhdError."""
         turns, urls = chat.dialogue(messages)
         if len(urls) > self.options.max_images:
             raise UhdError(f"messages: {len(urls)} images; send at most {self.options.max_images}")
-        return turns, [await self.image(url) for url in urls]
+        return turns, [await self.image(url, self.service.cut) for url in urls]
 
     async def wish(self, body: ChatRequest, caller: str) -> Request:
-        """The service's request for `body`. Raises UhdError naming what is wrong."""
+        """The service's request for `body`. Raises UhdError naming what is wrong, Busy before it is read."""
+        self.service.scheduler.check_room(self._preparing)
+        self._preparing += 1
+        try:
+            return await self._request(body, caller)
+        finally:
+            self._preparing -= 1
+
+    async def _request(self, body: ChatRequest, caller: str) -> Request:
         turns, images = await self.dialogue(body.messages)
         schema = chat.schema(body)
         grammar = None if schema is None else await self.apart(self.service.json_schema, schema)

@@ -62,8 +62,7 @@ async def plan(request: Request, body: PlanRequest) -> PlanAnswer:
     if (body.image_url is None) == (body.width is None or body.height is None):
         raise UhdError("plan: give image_url, or width and height")
     if body.image_url is not None:
-        image = await front.image(body.image_url.url)
-        size = image.size
+        size = await front.image(body.image_url.url, lambda image: image.size)
     else:
         size = (body.width or 1, body.height or 1)
     return describe_plan(size, front.service.settings, front.service.manifest.model.projector.side)
@@ -75,8 +74,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeAnswer:
     front: Front = request.app.state.front
     turns, images = await front.dialogue(body.messages)
     ids = await front.apart(front.service.token_ids, turns)
-    planned = [await front.apart(front.service.plan, image) for image in images]
-    positions = len(ids) + sum(len(one) - 1 for one in planned)
+    positions = len(ids) + sum(len(image.planned) - 1 for image in images)
     return TokenizeAnswer(ids=ids, positions=positions, context=front.service.context)
 
 

@@ -23,11 +23,20 @@ _NO_PIXELS = Image.new("RGB", (1, 1))
 
 @dataclass(frozen=True)
 class CutImage:
-    """A planned image, its pixels dropped: either its crops, or its embeddings where they were known."""
+    """A planned image, its pixels dropped: either its crops, or its embeddings where they were known.
+
+    `seconds` is what planning and cutting took.
+    """
 
     planned: PlannedImage
     crops: tuple[NDArray[Any], ...] = ()
     rows: Array | None = None
+    seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the crops."""
+        return sum(crop.nbytes for crop in self.crops)
 
 
 def read_image(data: bytes, *, max_pixels: int) -> Image.Image:
@@ -41,16 +50,12 @@ class ImageCutter:
     def __init__(self, model: ModelConfig, settings: Settings, encoded: EncodedImages) -> None:
         self._model, self.settings, self._encoded = model, settings, encoded
 
-    def plan(self, image: Image.Image) -> PlannedImage:
-        """How `image` is cut. Raises UhdError where it cannot be."""
-        return plan_image(image, self.settings, self._model)
-
-    def cut(self, image: Image.Image) -> tuple[CutImage, float]:
-        """`image` ready to be encoded, and the seconds that took; not cut where it was encoded before."""
+    def cut(self, image: Image.Image) -> CutImage:
+        """`image` ready to be encoded; not cut where it was before. Raises UhdError where it cannot be."""
         start = time.perf_counter()
-        planned = self.plan(image)
+        planned = plan_image(image, self.settings, self._model)
         rows = self._encoded.get(planned.digest)
         crops = () if rows is not None else tuple(cut(planned.image, planned.plan))
         # The pixels are not wanted any more: a waiting line of photographs would hold gigabytes.
         planned = dataclasses.replace(planned, image=_NO_PIXELS)
-        return CutImage(planned, crops, rows), time.perf_counter() - start
+        return CutImage(planned, crops, rows, time.perf_counter() - start)

@@ -33,6 +33,11 @@ class Request:
     caller: str = ""
     prepare_seconds: float = 0.0
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the images' crops, which it holds until it is answered."""
+        return sum(image.nbytes for image in self.images)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -39,13 +39,14 @@ class Closed(Exception):
 class Limits:
     """`waiting` is the most requests without a slot; `chunk` the positions of a prompt that run between two
     steps of running answers, `lone_chunk` those where nothing else runs; `patience` the seconds in which a
-    reader who fell behind must read.
+    reader who fell behind must read; `crop_bytes` what the cut images of all requests may take together.
     """
 
     waiting: int = 64
     chunk: int = 256
     lone_chunk: int = 1024
     patience: float = 30.0
+    crop_bytes: int = 256 << 20
 
 
 class Scheduler:
@@ -77,6 +78,7 @@ class Scheduler:
         self._current: tuple[Stop, list[Generation]] | None = None
         self._accepting, self._closing = True, False
         self._mean_seconds = 1.0
+        self._held = 0
         self.steps = self.stepped = 0
         """Steps so far, and tokens that they made."""
         self._vision = vision(self._wake)
@@ -105,12 +107,23 @@ class Scheduler:
         with self._changed:
             if not self._accepting:
                 raise Closed("the service is shutting down")
-            if self.waiting >= self.limits.waiting:
-                rounds = 1 + self.waiting // len(self._slots)
-                raise Busy(max(1.0, rounds * self._mean_seconds))
+            # One alone may be larger than what all may hold: nothing else would ever answer it.
+            crowded = request.nbytes and 0 < self._held > self.limits.crop_bytes - request.nbytes
+            if crowded or self.waiting >= self.limits.waiting:
+                raise self._busy()
+            self._held += request.nbytes
             self._queue.push(request.caller, generation)
             self._changed.notify_all()
         return stream
+
+    def check_room(self, coming: int) -> None:
+        """Raise Busy, as `submit` does, where `coming` requests, still read, will fill slots and line."""
+        if self.waiting + coming >= self.limits.waiting + len(self._slots):
+            raise self._busy()
+
+    def _busy(self) -> Busy:
+        rounds = 1 + self.waiting // len(self._slots)
+        return Busy(max(1.0, rounds * self._mean_seconds))
 
     def close(self, grace: float = 0.0) -> None:
         """Take no more, give what is under way `grace` seconds, end the rest, and the threads."""
@@ -294,6 +307,7 @@ class Scheduler:
     def _end(self, generation: Generation, reason: str) -> None:
         """Take `generation` out of wherever it is, free its slot, and tell its reader."""
         with self._changed:
+            self._held -= generation.request.nbytes
             self._queue.remove(generation)
             self._coming = [g for g in self._coming if g is not generation]
             self._prefilling = deque(pair for pair in self._prefilling if pair[0] is not generation)

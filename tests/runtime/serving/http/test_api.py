@@ -1,7 +1,9 @@
 """The HTTP API in process: OpenAI's words, limits, and errors in one form."""
 
+import asyncio
 import dataclasses
 import json
+import time
 
 import pytest
 from PIL import Image
@@ -11,7 +13,8 @@ from support.requests import about, data_uri
 from uhd_export.runtime.language.prompt import encode_parts, encode_question
 from uhd_export.runtime.serving.http.app import create_app
 from uhd_export.runtime.serving.http.front import HttpOptions
-from uhd_export.runtime.serving.scheduling.scheduler import Limits
+from uhd_export.runtime.serving.http.guard import AT_A_TIME, Guard
+from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 from uhd_export.runtime.settings import Sampling
 
 
@@ -86,6 +89,17 @@ def test_finish_reasons_stop_texts_and_limits(client):
     assert full["usage"]["total_tokens"] == 256 + 1
     refused = post(client, "word " * 400)
     assert refused.status_code == 400 and "context of 256" in refused.json()["error"]["message"]
+
+
+def test_a_prompt_that_the_released_code_would_cut_is_refused(client):
+    client = client(context=512)
+    service = client.app.state.front.service
+    positions = post(client, max_tokens=1).json()["usage"]["prompt_tokens"]
+    service.settings = dataclasses.replace(service.settings, prompt_limit=positions)
+    assert post(client, max_tokens=1).status_code == 200
+    refused = post(client, "Say it now.", max_tokens=1)
+    assert refused.status_code == 400
+    assert f"than tokenizer_model_max_length {positions}" in refused.json()["error"]["message"]
 
 
 def test_logprobs_tell_the_likeliest_tokens(client):
@@ -264,6 +278,91 @@ def test_a_full_line_answers_429_with_retry_after(serve):
     service.close()
     assert client.get("/health").status_code == 503
     assert post(client, max_tokens=1).status_code == 503
+
+
+def test_a_full_line_is_told_before_images_are_read(serve, cards, monkeypatch):
+    service = serve(slots=1, context=2048, limits=Limits(waiting=1))
+    client = TestClient(create_app(service), raise_server_exceptions=False)
+    cut = []
+    monkeypatch.setattr(service, "cut", lambda image: cut.append(image) or 1 / 0)
+    monkeypatch.setattr(Scheduler, "waiting", 2)
+    assert post(client, about(cards[0][0], "What?")).status_code == 429 and not cut
+    monkeypatch.setattr(Scheduler, "waiting", 0)
+    assert post(client, about(cards[0][0], "What?")).status_code == 500 and len(cut) == 1
+
+
+def test_bodies_that_come_together_have_a_limit():
+    """Whoever is within it is served; what the application has taken counts no more."""
+    answered = []
+
+    async def app(scope, receive, send):
+        answered.append(len((await receive())["body"]))
+
+    guard = Guard(app, keys=(), max_bytes=100, body_seconds=5)
+
+    async def ask(gate, first, rest=b""):
+        sent, pieces = [], [first, rest]
+
+        async def receive():
+            if len(pieces) == 1:
+                await gate.wait()
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+        async def send(message):
+            sent.append(message)
+
+        await guard({"type": "http", "headers": [], "path": "/x", "method": "POST"}, receive, send)
+        return sent[0]["status"] if sent else 200
+
+    async def run():
+        gate = asyncio.Event()
+        early = [asyncio.create_task(ask(gate, bytes(90))) for _ in range(AT_A_TIME)]
+        await asyncio.sleep(0.01)
+        assert guard.held == 90 * AT_A_TIME
+        assert await ask(gate, bytes(90)) == 429
+        gate.set()
+        assert [await task for task in early] == [200] * AT_A_TIME
+        assert guard.held == 0 and await ask(gate, bytes(90)) == 200
+        assert await ask(gate, bytes(90), bytes(90)) == 413 and guard.held == 0
+
+    asyncio.run(run())
+    assert answered == [90] * (AT_A_TIME + 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_late_says_so(client, stream):
+    """With 504, or as the last event of a stream, whose status went out before."""
+    client = client(HttpOptions(seconds=0.2))
+    step = client.app.state.front.service.scheduler._rows.step
+    client.app.state.front.service.scheduler._rows.step = lambda *rest: (time.sleep(0.02), step(*rest))[1]
+    answer = post(client, logit_bias={"2": -100}, stream=stream)
+    body = events(answer)[-1] if stream else answer.json()
+    assert answer.status_code == (200 if stream else 504)
+    assert body["error"]["type"] == "server_error" and "the time for this request" in body["error"]["message"]
+
+
+def test_several_images_of_a_message_stay_among_its_texts(client, cards):
+    client = client(context=4096)
+    images = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image, *_ in cards[:2]]
+    texts = [{"type": "text", "text": text} for text in ("First:", "then:", "which?")]
+    content = [texts[0], images[0], texts[1], images[1], texts[2]]
+    body = client.post("/v1/tokenize", json={"messages": [{"role": "user", "content": content}]}).json()
+    tokenizer = client.app.state.front.service.tokenizer
+    between = [tokenizer.decode(part) for part in split(body["ids"], -200)]
+    assert between[0].strip().endswith("First:") and between[1].strip() == "then:" and "which?" in between[2]
+    sizes = [client.post("/v1/plan", json={"image_url": image["image_url"]}).json() for image in images]
+    assert body["positions"] == len(body["ids"]) - 2 + sum(size["visual_tokens"] for size in sizes)
+    # With one text its images come first, as the model was trained.
+    message = [{"role": "user", "content": [images[0], texts[2], images[1]]}]
+    ids = client.post("/v1/tokenize", json={"messages": message}).json()["ids"]
+    assert "which?" in tokenizer.decode(split(ids, -200)[2])
+
+
+def split(ids, mark):
+    parts = [[]]
+    for one in ids:
+        parts[-1].append(one) if one != mark else parts.append([])
+    return parts
 
 
 def test_keys_are_asked_for(client):

@@ -218,3 +218,31 @@ def test_what_is_under_way_at_the_end_is_answered(serve):
             time.sleep(0.002)
     thread.join()
     assert results[0].status_code == 200 and results[0].json()["usage"]["completion_tokens"] == 60
+
+
+def test_what_takes_longer_than_the_end_is_cut_off(serve):
+    service = serve(slots=1)
+    step = service.scheduler._rows.step
+    service.scheduler._rows.step = lambda *rest: (time.sleep(0.01), step(*rest))[1]
+    problems = []
+    with live(service) as address:  # which gives a second
+        body = {"messages": [{"role": "user", "content": "Go."}], "logit_bias": ENDLESS, "stream": True}
+
+        def ask():
+            try:
+                with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=20) as answer:
+                    problems.append("[DONE]" not in answer.read().decode())
+            except httpx.TransportError as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not service.scheduler.busy_slots:
+            time.sleep(0.002)
+        start = time.monotonic()
+    thread.join()
+    assert time.monotonic() - start < 5 and problems and problems[0]
+    deadline = time.monotonic() + 2
+    while service.scheduler.busy_slots:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

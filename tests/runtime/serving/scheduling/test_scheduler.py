@@ -140,6 +140,20 @@ def test_callers_take_turns_and_the_line_has_a_limit(serve, ask):
     assert order[:4].count("a") <= 2 and {"b", "c"} <= set(order[:4])
 
 
+def test_cut_images_of_all_requests_have_a_limit(serve, ask, cards):
+    """A request alone may be larger than it: nothing else would ever answer it."""
+    service = serve(slots=2, limits=Limits(crop_bytes=1000))
+    endless = Choosing(logit_bias={token: -100 for token in service.manifest.model.language.eos})
+    stream = ask(service, cards[0][0], "What?", choosing=endless)
+    next(iter(stream))
+    with pytest.raises(Busy):
+        ask(service, cards[1][0], "What?")
+    assert ask(service, None, "Hi.", max_tokens=1).text() is not None
+    stream.cancel()
+    assert wait_idle(service) < 5
+    assert ask(service, cards[1][0], "What?", max_tokens=1).text() is not None
+
+
 def test_cancellation_deadline_and_close_free_the_slot(serve, ask):
     service = serve(slots=1, context=512)
     endless = Choosing(logit_bias={token: -100 for token in service.manifest.model.language.eos})
