@@ -168,6 +168,7 @@ class OrtEngine(Engine):
         self._caller.close()
         for binding in self._bindings:
             binding.close()
+        self._bindings.clear()
         if hasattr(self, "session"):
             del self.session
             self.trim()

@@ -75,7 +75,7 @@ def _on_cluster(
     manifest, bundle, questions = read_manifest(bundle), bundle.resolve(), questions.resolve()
     if options.image_root is not None:
         options = replace(options, image_root=options.image_root.resolve())
-    workers = WorkerOptions(count, slots.slots, **share(bundle, opening))
+    workers = WorkerOptions(count, slots.slots, *share(bundle, opening))
     results = cluster_results(lambda: slots.open(bundle, opening), questions, options, workers)
     settings = configured(manifest.settings, **{"resize": KEEP, **slots.slicing(opening)})
     run = run_digest(manifest, settings, opening.context or settings.context, options)

@@ -153,8 +153,8 @@ def _on_cluster(
         devices.most,
         slots.slots,
         slots.waiting or 2 * slots.slots,
+        *share(bundle, opening),
         grace=grace,
-        **share(bundle, opening),
     )
     host = address[0]
     with listen(*address) as free:  # Ray listens itself: a port that is taken is told of here

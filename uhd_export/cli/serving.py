@@ -46,15 +46,15 @@ class SlotOptions:
             )
 
 
-def share(bundle: Path, opening: "PipelineOptions") -> dict[str, float]:
-    """What a device of a cluster has for `bundle`: one of its GPUs, or CPUs. Raises UhdError."""
+def share(bundle: Path, opening: "PipelineOptions") -> tuple[int, int]:
+    """GPUs and CPUs that a device of a cluster has for `bundle`. Raises UhdError."""
     from uhd_export.runtime.bundle.manifest import read_manifest
 
     backend = read_manifest(bundle).backend
     device = opening.device or ("cpu" if backend == "onnxruntime" else "cuda")
     if ":" in device:
         raise UhdError(f"--device {device}: a cluster gives each its own GPU; use --device cuda")
-    return {"gpus": 1, "cpus": 1} if device == "cuda" else {"gpus": 0, "cpus": opening.threads or 1}
+    return (1, 1) if device == "cuda" else (0, opening.threads or 1)
 
 
 _slot_options = (

@@ -1,5 +1,6 @@
 """Ray: the cluster that it finds, else this machine."""
 
+import logging
 import os
 
 import ray
@@ -16,13 +17,13 @@ def connect(devices: int, *, cpus: float, gpus: float) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UhdError(f"RAY_ADDRESS: no cluster is reached ({error}); start it, or unset it") from None
     if "RAY_ADDRESS" in os.environ:
         return
     for kind, needed in (("GPU", devices * gpus), ("CPU", devices * cpus)):
-        there = ray.cluster_resources().get(kind, 0)
+        there = ray.cluster_resources().get(kind, 0)  # type: ignore[no-untyped-call]
         if there < needed:
             ray.shutdown()
             raise UhdError(

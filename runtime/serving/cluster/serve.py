@@ -98,7 +98,7 @@ def deployed(
         raise UhdError(f"--cluster: the replicas do not start; {_reason()}") from None
     finally:
         if ray.is_initialized():
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
             if ours:
                 ray.shutdown()
 

@@ -66,7 +66,7 @@ def test_the_page_in_a_browser(browser, facts, tmp_path, width, scheme):
     page.on("request", lambda request: fetched.append(request.url))
     page.goto(path.as_uri())
     boxes = page.evaluate("() => [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect())")
-    assert len(boxes) == 7 and all(box["width"] > 200 and box["height"] > 80 for box in boxes)
+    assert len(boxes) == 7 and all(box["width"] > 200 and box["height"] > 50 for box in boxes)
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     red, green, blue = map(
         int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
