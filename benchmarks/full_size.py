@@ -1,11 +1,12 @@
 """A whole model of Vicuna-7B's size on this machine's CPU, as it was and as a preset makes it.
 
 Random weights in the official format and names, the language model's as a GPTQ checkpoint in groups of 128
-(5 GB). `before` is int4 weights, the head and vision in float32; `small` is `--preset small`. Each is built,
+(5 GB). `before` is int4 weights with head, vision and cache in float32; `small` is `--preset small` with an
+8-bit cache, calibrated on one small image, since there is nothing to learn of random weights. Each is built,
 opened cold and profiled by the command line as a user would, one after the other and each command in a
 process of its own. A profile file of each is what `uhd-export profile FILE --html PAGE` draws. Takes 20 GB of
-disk (TMPDIR says where); on two cores about twelve minutes, most of it for the profiles. --check adds the
-parity of the last variant, which takes minutes and reads everything.
+disk (TMPDIR says where); on two cores about ten minutes, most of it for the profiles. --check adds the parity
+of the last variant, which takes minutes and reads everything.
 
     python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--profiles FOLDER]
                                    [--check] [--json FILE]
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 GROUP = 128
+PAIRS = "pairs.jsonl"
 VARIANTS = {
     "before": ("--weights", "int4", "--lm-head", "dense", "--vision-weights", "dense"),
-    "balanced": ("--preset", "balanced"),
-    "small": ("--preset", "small"),
+    "balanced": ("--preset", "balanced", "--data", PAIRS),
+    "small": ("--preset", "small", "--cache", "int8", "--data", PAIRS),
 }
 # What `small` is to reach with 32 layers, at 1008x672: limits in bytes, and ratios of before to small.
 MOST = {"peak_bytes": 5.5e9, "bundle_bytes": 4.5e9}
@@ -45,6 +47,15 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     words |= {f"unused{number}": number for number in range(len(words), VICUNA_7B["vocab_size"])}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return folder
+
+
+def write_pairs(folder: Path) -> None:
+    """One image of 336x336 and a question, to calibrate on."""
+    from uhd_export.runtime.image.pattern import pattern
+
+    pattern(336, 336).save(folder / "image.png")
+    pair = {"image": "image.png", "question": "What is shown in this image?"}
+    (folder / PAIRS).write_text(json.dumps(pair) + "\n", encoding="utf-8")
 
 
 def command(*arguments: object) -> dict[str, Any]:
@@ -69,9 +80,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     checkpoint = make_checkpoint(folder / "checkpoint", options.layers)
     written, variants = time.perf_counter() - start, {}
+    write_pairs(folder)
     bundles = {name: folder / name for name in options.variant}
     for name, bundle in bundles.items():
-        build = command("build", checkpoint, "-o", bundle, "--no-verify", *VARIANTS[name])
+        chosen = [folder / part if part == PAIRS else part for part in VARIANTS[name]]
+        build = command("build", checkpoint, "-o", bundle, "--no-verify", *chosen)
         files = {path.name: path.stat().st_size for path in sorted(bundle.iterdir())}
         variants[name] = {
             "arguments": " ".join(VARIANTS[name]),
