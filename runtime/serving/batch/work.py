@@ -1,5 +1,6 @@
 """Many pairs answered with all slots busy."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from uhd_export.runtime.language.pairs import Pair
 from uhd_export.runtime.language.prompt import IMAGE
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.sampling.choice import Choosing
-from uhd_export.runtime.serving.scheduling.request import Request, Summary
+from uhd_export.runtime.serving.scheduling.queue import Busy
+from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request, Summary
 from uhd_export.runtime.serving.service import Service
 
 T = TypeVar("T")
@@ -64,11 +66,20 @@ def answer_pair(
 
 
 def _answer(service: Service, request: Request) -> Answered:
-    stream = service.submit(request)
+    stream = _submit(service, request)
     text = stream.text()
     if stream.summary.reason not in _ENDED:
         raise Failed(f"the answer ended early ({stream.summary.reason})")
     return Answered(text, stream.summary)
+
+
+def _submit(service: Service, request: Request) -> AnswerStream:
+    """Its answer; while the images of those before take what is reserved, it waits."""
+    while True:
+        try:
+            return service.submit(request)
+        except Busy:
+            time.sleep(0.02)
 
 
 def all_busy(service: Service, items: Iterable[T], work: Callable[[T], R]) -> Iterator[tuple[T, R | Failed]]:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file
+from uhd_export.runtime.serving.scheduling.scheduler import Limits
 
 
 @pytest.fixture
@@ -51,6 +52,13 @@ def test_every_line_is_answered_or_told_why_not(serve, questions, tmp_path, card
     assert "not a JSON object" in records[3]["error"]
     assert records[5]["answers"][0] == cards[1][2] and len(records[5]["answers"]) == 2
     assert records[6]["completion_tokens"] >= 1
+
+
+def test_images_wait_for_the_memory_that_is_reserved(serve, questions, tmp_path):
+    """Where there is room for those of one line at a time, the others wait; none is refused."""
+    service = serve(slots=2, limits=Limits(crop_bytes=1000))
+    result = answer_file(service, questions, tmp_path / "answers.jsonl", BatchOptions(max_tokens=2))
+    assert (result.answered, result.failed) == (3, 2)
 
 
 def test_it_goes_on_where_it_stopped(serve, questions, tmp_path, monkeypatch):

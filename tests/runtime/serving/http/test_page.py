@@ -50,18 +50,27 @@ def test_ask_on_the_page(browser, serve, width, height):
             page.screenshot(path=Path(os.environ["UHD_SCREENSHOTS"]) / f"page-{width}.png")
 
 
-def test_an_image_is_pasted_and_an_answer_stopped(browser, serve):
+@pytest.mark.parametrize(
+    "give",
+    [
+        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))",
+        "drop.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}))",
+    ],
+    ids=["pasted", "dropped"],
+)
+def test_an_image_is_given_and_an_answer_stopped(browser, serve, give):
     with live(serve()) as address:
         page = browser.new_page()
         page.goto(address)
         page.evaluate(
-            """async () => {
-                const canvas = Object.assign(document.createElement('canvas'), {width: 900, height: 300});
+            f"""async () => {{
+                const canvas = Object.assign(document.createElement('canvas'), {{width: 900, height: 300}});
                 const blob = await new Promise(done => canvas.toBlob(done));
                 const data = new DataTransfer();
-                data.items.add(new File([blob], 'p.png', {type: 'image/png'}));
-                document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}));
-            }"""
+                data.items.add(new File([blob], 'p.png', {{type: 'image/png'}}));
+                const drop = document.querySelector('#drop');
+                {give};
+            }}"""
         )
         page.locator("#cut").get_by_text("900x300").wait_for()
         page.route("**/v1/chat/completions", lambda route: None)  # never answered
