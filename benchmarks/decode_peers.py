@@ -183,7 +183,9 @@ def _openvino_model(read: Reader, size: dict[str, int]) -> Any:
     cos, sin = op.cos(angles), op.sin(angles)
 
     def rotate(x: Any) -> Any:
-        first, second = op.variadic_split(x, ints(-1), ints(head // 2, head // 2)).outputs()
+        # By slices: so it is found to be a rotation, and runs as one.
+        first = op.slice(x, ints(0), ints(head // 2), ints(1), ints(3))
+        second = op.slice(x, ints(head // 2), ints(2**63 - 1), ints(1), ints(3))
         turned = op.concat([op.multiply(second, number(-1)), first], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
