@@ -1,5 +1,7 @@
 """--preset through the command line: what it chooses, what overrides it, what a backend cannot have."""
 
+from dataclasses import replace
+
 import pytest
 from click.testing import CliRunner
 
@@ -14,7 +16,7 @@ def options(monkeypatch, tmp_path):
     seen = []
 
     def build_bundle(source, out, *, options, **rest):
-        seen.append(options)
+        seen.append(replace(options, questions=0))
         raise UhdError("enough")
 
     monkeypatch.setattr("uhd_export.bundle.build.build_bundle", build_bundle)

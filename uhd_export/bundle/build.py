@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from uhd_export.bundle.cost import Cost, estimate_cost
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.parity import QUESTION, measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
@@ -64,6 +65,7 @@ def build_bundle(
     quantize: Callable[[], Path] | None = None,
     pairs: Callable[[], Iterable[Pair]] | None = None,
     verify: bool = True,
+    on_cost: Callable[[Cost], None] | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Manifest:
@@ -72,10 +74,11 @@ def build_bundle(
     `source` is a folder, a Hugging Face hub id, or "nano" for the embedded model. How its images are cut can
     be changed at run time; a quantized checkpoint's quality report goes along; the parity of engines is that
     of the graphs they are built from. With `verify`, the parts are compared with PyTorch and the
-    measurements recorded; a bundle out of tolerance is not written. `quantize` is called when everything
-    has been checked; it makes the GPTQ checkpoint that is built for `source`. Vision in 8 bits, on first
-    images, and a cache in 8 bits are calibrated on `pairs` (default: two patterns). `force` replaces an
-    existing bundle; `progress` draws bars.
+    measurements recorded; a bundle out of tolerance is not written. What is rounded is compared with the
+    original too, step by step, and by `options.questions`. `quantize` is called when everything has been
+    checked, and `on_cost` told what the build takes; it makes the GPTQ checkpoint that is built for
+    `source`. Vision in 8 bits, on first images, and a cache in 8 bits are calibrated on `pairs` (default:
+    two patterns). `force` replaces an existing bundle; `progress` draws bars.
 
     Weights are streamed: memory holds a few tensors at a time, and the folded projector in float32.
     Nothing is left at `out` after an error or an interruption. Raises UhdError.
@@ -86,13 +89,15 @@ def build_bundle(
         options = replace(options, weights=replace(options.weights, activations="float", lm_head=head))
     folder = source_folder(source, options.reading.revision)
     config = read_config(folder, options.reading)
-    _check_before(folder, config, out, options, force, quantize is not None)
+    cost = _check_before(folder, config, out, options, force, quantize is not None)
+    if on_cost is not None:
+        on_cost(cost)
     before = folder
     if quantize is not None:
         source = folder = quantize()
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         quantization = resolve(checkpoint, config.language, options.weights)
-        with staged_folder(out, force=force, needed=_estimate_bytes(checkpoint, options)) as staging:
+        with staged_folder(out, force=force, needed=cost.staging) as staging:
             chosen = list((pairs or _patterns)()) if "int8" in (options.vision_weights, options.cache) else []
             vision = _plan_int8(checkpoint, config, staging, options, chosen, progress)
             _write_vision(checkpoint, config, staging, options, vision, progress)
@@ -118,7 +123,13 @@ def build_bundle(
                 with closing(open_checkpoint(before, config.language.vocab)) as unrounded:
                     original = None if isinstance(unrounded, GptqCheckpoint) else unrounded
                     parity = measure_parity(
-                        staging, stored, config, original=original, record=True, progress=progress
+                        staging,
+                        stored,
+                        config,
+                        original=original,
+                        questions=options.questions,
+                        record=True,
+                        progress=progress,
                     )
                 _refuse_failed(parity)
                 manifest = replace(manifest, parity=tuple(parity), files=_files(staging, progress))
@@ -136,8 +147,8 @@ def build_bundle(
 
 def _check_before(
     folder: Path, config: CheckpointConfig, out: Path, options: BuildOptions, force: bool, quantizing: bool
-) -> None:
-    """Raise UhdError for whatever can be refused before any work, the longest of which is quantizing."""
+) -> Cost:
+    """What the build takes. Raises UhdError for what can be refused before any work, as quantizing is."""
     refuse_existing(out, force)
     if options.context is not None:
         _refuse_small_context(options.context, config, checkpoint_tokenizer(folder))
@@ -148,6 +159,7 @@ def _check_before(
         weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights
         quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
+    return estimate_cost(config, options, quantization, quantizing)
 
 
 def _refuse_failed(parity: Sequence[Parity]) -> None:
@@ -157,13 +169,6 @@ def _refuse_failed(parity: Sequence[Parity]) -> None:
             f"parity of {failed.part} on {failed.inputs}: {failed.metric} {failed.value:.2e} is "
             f"over the limit of {failed.limit:.2e}; nothing was written (--no-verify writes it)"
         )
-
-
-def _estimate_bytes(checkpoint: Checkpoint, options: BuildOptions) -> int:
-    """Size of the weights in the chosen type; folding and unused tensors change it by little."""
-    item = np.dtype(options.precision).itemsize
-    weights = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names()) * item
-    return weights if options.engines is None else 2 * weights  # graphs, and engines beside them
 
 
 def _patterns() -> list[Pair]:

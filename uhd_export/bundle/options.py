@@ -23,7 +23,8 @@ class BuildOptions:
     `dtype`'s). `vision_weights` int8 rounds the vision part's dense
     products, weights and activations, where measured errors allow. `fold` folds the projector exactly.
     `inline` writes function bodies inline, for readers of ONNX without functions. `context` is the number of
-    positions of the key-value cache (None: the model's).
+    positions of the key-value cache (None: the model's). `questions` of those that the embedded model
+    learnt are put to a bundle in which anything is rounded.
     """
 
     reading: SourceOptions = field(default_factory=SourceOptions)
@@ -36,6 +37,7 @@ class BuildOptions:
     fold: bool = True
     inline: bool = False
     context: int | None = None
+    questions: int = 0
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from uhd_export.bundle.loss import GreedyRun, answer_entries, is_lossy, loss_entries, relative_error
 from uhd_export.bundle.peer import peer_entries
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
-from uhd_export.model.reference import VisionReference, embedding_rows, reference_embeds, streamed_logits
+from uhd_export.model.reference import (
+    VisionReference,
+    embedding_rows,
+    head_logits,
+    reference_embeds,
+    streamed_states,
+)
 from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
 from uhd_export.runtime.bundle.probe import record_probe
 from uhd_export.runtime.choices import GRID_MODES
@@ -32,8 +39,8 @@ NEW_TOKENS = 16
 LIMITS = {"float32": 1e-3, "float16": 5e-2}
 # Where activations are rounded to int8 before each product.
 INT8_LIMIT = 1e-1
-ORIGINAL = "the original checkpoint, in PyTorch"
 _CONTEXT = 1024
+_CONTEXT_TO_ASK = 2048
 
 
 def measure_parity(
@@ -42,6 +49,7 @@ def measure_parity(
     config: CheckpointConfig,
     *,
     original: Checkpoint | None = None,
+    questions: int = 0,
     device: str | None = None,
     record: bool = False,
     progress: bool = False,
@@ -49,10 +57,11 @@ def measure_parity(
     """Compare the bundle in folder `bundle` with `checkpoint`, as it is stored, in float32 PyTorch.
 
     Vision: tokens of a slice in the bundle's grid mode and of the overview in every mode. Language: the
-    whole model's logits after a prompt with an image, and 16 greedy tokens; where weights are rounded, what
-    that cost against the `original` ones; and the independent check of `peer`. Where the memory at hand
-    is too small, the entries say so instead of a figure. `device` is where the bundle runs (default: as its
-    backend does). With `record`, logits for `check_device` are left in the folder.
+    whole model's logits after a prompt with an image, and 16 greedy tokens; where anything is rounded, what
+    each step of that cost against the `original` checkpoint, and how many of `questions` to the embedded
+    model are answered wrongly; and the independent check of `peer`. Where the memory at hand is too small,
+    the entries say so instead of a figure. `device` is where the bundle runs (default: as its backend does).
+    With `record`, logits for `check_device` are left in the folder.
     """
     manifest = read_manifest(bundle)
     shortage = _memory_shortage(bundle, manifest)
@@ -65,7 +74,7 @@ def measure_parity(
                 ("tokens", "differing", _token_limit(manifest)),
             )
         ]
-    context = min(manifest.settings.context, _CONTEXT)
+    context = min(manifest.settings.context, _CONTEXT_TO_ASK if questions else _CONTEXT)
     with (
         progress_bar("parity", len(GRID_MODES) + 4, show=progress) as bar,
         Pipeline.open(bundle, device=device, context=context, resize=None) as pipeline,
@@ -74,6 +83,8 @@ def measure_parity(
         bar.advance()
         results = list(_vision(pipeline, reference, bar))
         results += _language(pipeline, checkpoint, config, reference, original)
+        if questions and original is not None and is_lossy(manifest):
+            results += answer_entries(pipeline, original, config, questions)
         if record:
             record_probe(bundle, manifest, pipeline.generator)
         bar.advance(2)
@@ -124,54 +135,28 @@ def _language(
             Parity("logits", NAME, "relative error", None, limit, reason),
             Parity("tokens", NAME, metric, None, token_limit, reason),
         ]
-    logits = pipeline.generator.prefill(sequence)
-    tokens = [greedy(logits)]
+    logits = [pipeline.generator.prefill(sequence)]
+    tokens = [greedy(logits[0])]
     while len(tokens) < count:  # past an end of text too: it is arithmetic that is compared
-        tokens.append(greedy(pipeline.generator.step(tokens[-1])))
+        logits.append(pipeline.generator.step(tokens[-1]))
+        tokens.append(greedy(logits[-1]))
     embeds = reference_embeds(checkpoint, reference, sequence)
     embeds = np.concatenate([embeds, embedding_rows(checkpoint, tokens[:-1])])
-    expected = streamed_logits(checkpoint, config, embeds, len(tokens))
+    states = streamed_states(checkpoint, config, embeds, len(tokens))
+    expected = head_logits(checkpoint, config, states)
     preference = expected.max(1) - expected[np.arange(len(tokens)), tokens]
     different = float((preference > LIMITS["float32"] * np.abs(expected).max()).sum())
     results = [
-        Parity("logits", NAME, "relative error", relative_error(logits, expected[0]), limit, None),
+        Parity("logits", NAME, "relative error", relative_error(logits[0], expected[0]), limit, None),
         Parity("tokens", NAME, metric, different, token_limit, None),
     ]
-    rounded = manifest.quantization is not None
-    if rounded:
-        results += _loss(config, original, embeds, logits, tokens)
+    if is_lossy(manifest):
+        greedy_run = GreedyRun(NAME, sequence, tokens, np.stack(logits), embeds, states, expected)
+        results += loss_entries(pipeline, original, config, greedy_run)
     prompt_embeds = embeds[: len(sequence)]
     return results + peer_entries(
-        pipeline, checkpoint.folder, prompt_embeds, logits, None if rounded else limit
+        pipeline, checkpoint.folder, prompt_embeds, logits[0], None if is_lossy(manifest) else limit
     )
-
-
-def _loss(
-    config: CheckpointConfig,
-    original: Checkpoint | None,
-    embeds: np.ndarray,
-    logits: np.ndarray,
-    tokens: list[int],
-) -> list[Parity]:
-    """What rounding cost: the bundle's `logits` and greedy `tokens` against the `original` weights'."""
-    metric = f"differing of {len(tokens)} greedy tokens"
-    if original is None:
-        reason = "the checkpoint was quantized before, and its original is not at hand"
-        absent = ("logits", "relative error"), ("tokens", metric)
-        return [Parity(part, NAME, what, None, None, reason, ORIGINAL) for part, what in absent]
-    expected = streamed_logits(original, config, embeds, len(tokens))
-    different = float((expected.argmax(1) != np.array(tokens)).sum())
-    return [
-        Parity("logits", NAME, "relative error", relative_error(logits, expected[0]), None, None, ORIGINAL),
-        Parity("tokens", NAME, metric, different, None, None, ORIGINAL),
-    ]
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """||actual - expected|| / ||expected||, computed in float64; infinite where a value is not finite."""
-    difference = np.linalg.norm(actual.astype(np.float64) - expected.astype(np.float64))
-    error = float(difference / np.linalg.norm(expected.astype(np.float64)))
-    return error if np.isfinite(error) else float("inf")
 
 
 def _vision_limit(manifest: Manifest) -> float | None:

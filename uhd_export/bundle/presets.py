@@ -1,6 +1,10 @@
 """Presets: options of a bundle that belong together; what is asked for explicitly goes before them."""
 
+import json
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.graph.int4.options import WeightOptions
@@ -39,3 +43,10 @@ def adapted(name: str, backend: str, dtype: str | None = None) -> tuple[Preset, 
         preset = replace(preset, vision_weights="dense")
         reasons["vision_weights"] = "ONNX Runtime's 8-bit vision wants float32 activations; it is float16"
     return preset, reasons
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """What `python benchmarks/presets.py` measured: the embedded model by preset, and rates of building."""
+    text = files("uhd_export.nano").joinpath("presets.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))

@@ -31,6 +31,8 @@ from uhd_export.runtime.errors import UhdError
 
 # About a minute of one core, where the 200 of `quantize` take four.
 _QUESTIONS = 50
+# Of the bundle, where anything in it is rounded: PyTorch answers them too, a second each.
+_CHECKED = 20
 # Of 8-bit vision and cache: each is many crops of thousands of patches, and a thousand positions.
 _PAIRS = 4
 
@@ -94,6 +96,7 @@ def build(
     folder = source_folder(source, options.reading.revision)  # a download has a bar of its own
     with status("loading PyTorch"):  # which takes seconds
         from uhd_export.bundle.build import build_bundle
+        from uhd_export.bundle.cost import Cost, cost_lines
         from uhd_export.calibration.data import calibration_pairs
         from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
         from uhd_export.runtime.units import format_bytes
@@ -103,6 +106,12 @@ def build(
     quantize = _quantizer(source, folder, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))
+    options = replace(options, questions=_questions(source, calibration))
+
+    def tell(cost: Cost) -> None:
+        for line in cost_lines(cost, options, calibration.samples, f"{output}-gptq"):
+            click.echo(line, err=True)
+
     # Graphs, embeddings and hashes; parity and its hashes; engines and theirs; GPTQ's own three.
     stages = 4 + 2 * verify + 3 * (options.engines is not None) + 3 * (quantize is not None)
     with overall_bar("build", stages):
@@ -113,11 +122,21 @@ def build(
             quantize=quantize,
             pairs=lambda: calibration_pairs(calibration, _PAIRS),
             verify=verify,
+            on_cost=tell,
             force=force,
             progress=True,
         )
     print_parity(manifest.parity)
     click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
+
+
+def _questions(source: str, calibration: CalibrationOptions) -> int:
+    """How many questions the bundle is asked, where anything in it is rounded."""
+    from uhd_export.checkpoint.source import NANO
+
+    if source != NANO:
+        return 0
+    return _CHECKED if calibration.questions is None else calibration.questions
 
 
 def _quantizer(

@@ -77,10 +77,10 @@ def reference_embeds(checkpoint: Checkpoint, vision: CropEncoder, sequence: Prom
 
 
 @torch.inference_mode()
-def streamed_logits(
+def streamed_states(
     checkpoint: Checkpoint, config: CheckpointConfig, embeds: np.ndarray, last: int
 ) -> np.ndarray:
-    """float32 (last, vocab) logits of the `last` positions of (S, D) embeddings."""
+    """float32 (last, D), what the head takes at the `last` positions of (S, D) embeddings."""
     language = config.language
     tables = rotary_tables(language, torch.arange(len(embeds)))
     x = torch.from_numpy(embeds)[None]
@@ -89,8 +89,14 @@ def streamed_logits(
     with torch.device("meta"):
         norm = RMSNorm(language.hidden, language.eps)
     checkpoint.load_into(norm, "model.norm.", torch.float32)
-    head = checkpoint.tensor(checkpoint.head(language.tied), torch.float32)
-    return F.linear(norm(x[0, -last:]), head).numpy()
+    return norm(x[0, -last:]).numpy()
+
+
+@torch.inference_mode()
+def head_logits(checkpoint: Checkpoint, config: CheckpointConfig, states: np.ndarray) -> np.ndarray:
+    """float32 (T, vocab) logits of (T, D) `streamed_states`."""
+    head = checkpoint.tensor(checkpoint.head(config.language.tied), torch.float32)
+    return F.linear(torch.from_numpy(states), head).numpy()
 
 
 @torch.inference_mode()

@@ -4,8 +4,8 @@ import pytest
 from support.refusals import one_line_error
 
 from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.loss import ORIGINAL
 from uhd_export.bundle.options import BuildOptions
-from uhd_export.bundle.parity import ORIGINAL
 from uhd_export.bundle.peer import PEER
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.int4.options import WeightOptions
@@ -38,6 +38,6 @@ def test_what_rounding_cost_is_a_table_of_its_own(tmp_path):
     manifest = build_bundle("nano", tmp_path / "out", options=options)
     stored, lost = entries(manifest, STORED), entries(manifest, ORIGINAL)
     assert stored["logits"].value < 1e-5
-    assert lost.keys() == {"logits", "tokens"}
+    assert lost.keys() == {"logits", "tokens", "after int4 weights", "after int8 head"}
     assert 1e-2 < lost["logits"].value < 1
     assert abs(entries(manifest, PEER)["logits"].value - lost["logits"].value) < 1e-4

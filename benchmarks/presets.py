@@ -1,0 +1,87 @@
+"""The embedded model with each preset of `build`: answers, loss, sizes; and how fast a build is.
+
+Everything goes through the command line. GPTQ runs once. What comes out is shipped, for `build` to say before
+it starts (`uhd_export/nano/presets.json`). Rates of a model of Vicuna-7B's size are those of
+`full_size.py` and `quantize.py`. About ten minutes on two cores.
+
+    python benchmarks/presets.py [--count 200] [--work FOLDER]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from uhd_export.bundle.presets import PRESETS, measured
+
+ROOT = Path(__file__).parents[1]
+RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "uhd_export" / "nano" / "presets.json"
+# Vicuna-7B's linear weights a layer, which `quantize.py` quantizes one of.
+_LAYER = 4 * 4096**2 + 3 * 4096 * 11008
+
+
+def rates() -> dict:
+    """Seconds of building a byte and of GPTQ a weight and token, from the committed results."""
+    size = json.loads((RESULTS / "full-size-cpu.json").read_text())
+    size = size["variants"]["before"] if "variants" in size else size
+    written = size["bundle_bytes"]
+    written = written if isinstance(written, int) else sum(written.values())
+    layer = json.loads((RESULTS / "quantize-cpu.json").read_text())
+    return {
+        "machine": f"{layer['machine']['cores']}-core CPU",
+        "build_seconds_per_byte": size["build_seconds"] / written,
+        "gptq_seconds_per_weight_and_token": layer["seconds"] / (_LAYER * layer["tokens"]),
+    }
+
+
+def command(*arguments: object) -> str:
+    """What `uhd-export` with `arguments` prints."""
+    run = [sys.executable, "-P", "-m", "uhd_export", *map(str, arguments)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"uhd-export {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def measure(folder: Path, preset: str, count: int) -> dict:
+    """One preset: built, asked `count` questions."""
+    bundle = folder / preset
+    gptq = folder / "nano-gptq"
+    if PRESETS[preset].weights == "int4" and gptq.exists():  # made of the same, and taken again
+        shutil.copytree(gptq, bundle.with_name(f"{preset}-gptq"), dirs_exist_ok=True)
+    build = ["build", "nano", "-o", bundle, "--preset", preset, "--force", "--no-verify"]
+    command(*build, *(["--eval", 0] if PRESETS[preset].weights == "int4" else []))
+    if PRESETS[preset].weights == "int4" and not gptq.exists():
+        shutil.copytree(bundle.with_name(f"{preset}-gptq"), gptq)
+    asked = json.loads(command("eval", bundle, "--count", count, "--json"))
+    sizes = {path.name: path.stat().st_size for path in sorted(bundle.iterdir())}
+    return {"questions": asked["total"], "exact": asked["exact"], "bytes": sizes}
+
+
+def show(result: dict) -> None:
+    """Rows of the table in docs/quantization.md."""
+    for name, row in result["presets"].items():
+        print(f"| {name} | {sum(row['bytes'].values()) / 1e6:.2f} | {row['exact']} of {row['questions']} |")
+
+
+def main() -> None:
+    """Measure, print, and write what is shipped."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--work", type=Path, help="where bundles and the GPTQ checkpoint stay")
+    options = parser.parse_args()
+    before = measured()["presets"] if OUT.exists() else {}
+    result: dict = {"rates": rates(), "presets": before}
+    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        for preset in PRESETS:
+            result["presets"][preset] = measure(options.work or Path(temporary), preset, options.count)
+            OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What a build says that it takes, beside what it took."""
+
+import pytest
+
+from uhd_export.bundle.build import build_bundle
+from uhd_export.bundle.cost import cost_lines, estimate_cost
+from uhd_export.bundle.options import BuildOptions
+from uhd_export.bundle.presets import PRESETS
+from uhd_export.checkpoint.config import parse_config
+from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.runtime.bundle.manifest import Quantization
+
+TOWER = "openai/clip-vit-large-patch14-336"
+VICUNA_7B = {
+    "model_type": "llava_llama",
+    "model_mode": "uhd_v2",
+    "mm_projector_type": "adapt_spatial_resampler_v2",
+    "mm_vision_tower": TOWER,
+    "mm_hidden_size": 1024,
+    "feature_scale_mask": 7,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32000,
+}
+
+
+def predicted(options, head, quantizing=False):
+    config = parse_config(VICUNA_7B, KNOWN_TOWERS[TOWER])
+    return estimate_cost(config, options, Quantization("rtn", 128, True, False, head, "int8"), quantizing)
+
+
+def test_sizes_of_a_model_of_vicunas_size_are_those_that_were_measured():
+    """In MB: 4-bit layers and a dense head, float32 vision; 8-bit vision, an 8-bit head."""
+    cost = predicted(BuildOptions(), "dense")
+    assert cost.parts["weights"] + cost.parts["head"] == pytest.approx(3968e6, rel=0.02)
+    assert cost.parts["vision"] == pytest.approx(1867e6, rel=0.02)
+    assert cost.parts["embeddings"] == 32000 * 4096 * 2
+    small = predicted(PRESETS["small"].options(), "int8", quantizing=True)
+    assert small.parts["vision"] < 0.4 * cost.parts["vision"]
+    assert small.bundle < 4.5e9
+    assert small.staging == small.bundle + cost.parts["vision"]  # what is calibrated on is float32
+    first, second, _ = cost_lines(small, PRESETS["small"].options(), 8, "out-gptq")
+    assert first.startswith("about 4.") and "head 135.17 MB, embeddings 262.14 MB, vision" in first
+    assert "GB of it kept as out-gptq; takes about 74 minutes on a 2-core CPU" in second
+
+
+def test_the_prediction_is_what_a_bundle_becomes(tmp_path):
+    costs = []
+    options = BuildOptions(weights=WeightOptions("int4-rtn"), vision_weights="int8")
+    manifest = build_bundle("nano", tmp_path / "out", options=options, verify=False, on_cost=costs.append)
+    sizes = {name: record.bytes for name, record in manifest.files.items()}
+    (cost,) = costs
+    assert cost.parts["weights"] + cost.parts["head"] == pytest.approx(sizes["language.onnx.data"], rel=0.1)
+    assert cost.parts["embeddings"] == pytest.approx(sizes["embeddings.npy"], rel=0.01)
+    assert cost.parts["vision"] < sizes["vision.onnx.data"] < 3 * cost.parts["vision"]
+    assert cost.checkpoint == 0
