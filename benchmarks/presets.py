@@ -4,7 +4,7 @@ Everything goes through the command line. GPTQ runs once. What comes out is ship
 it starts (`uhd_export/nano/presets.json`). Rates of a model of Vicuna-7B's size are those of
 `full_size.py` and `quantize.py`. About ten minutes on two cores.
 
-    python benchmarks/presets.py [--count 200] [--work FOLDER]
+    python benchmarks/presets.py [--count 200] [--work FOLDER] [--preset small ...]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from uhd_export.bundle.presets import PRESETS, measured
+from uhd_export.bundle.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "uhd_export" / "nano" / "presets.json"
@@ -61,6 +61,14 @@ def measure(folder: Path, preset: str, count: int) -> dict:
     return {"questions": asked["total"], "exact": asked["exact"], "bytes": sizes}
 
 
+def record(preset: str | None, row: dict) -> None:
+    """Write `row` for `preset` and the rates into what is shipped; other presets stay as they were."""
+    rows = json.loads(OUT.read_text())["presets"] if OUT.exists() else {}
+    rows |= {} if preset is None else {preset: row}
+    ordered = {name: rows[name] for name in PRESETS if name in rows}
+    OUT.write_text(json.dumps({"rates": rates(), "presets": ordered}, indent=1) + "\n", encoding="utf-8")
+
+
 def show(result: dict) -> None:
     """Rows of the table in docs/quantization.md."""
     for name, row in result["presets"].items():
@@ -72,15 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--work", type=Path, help="where bundles and the GPTQ checkpoint stay")
+    parser.add_argument("--preset", nargs="*", default=list(PRESETS), choices=list(PRESETS))
     options = parser.parse_args()
-    before = measured()["presets"] if OUT.exists() else {}
-    result: dict = {"rates": rates(), "presets": before}
-    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    record(None, {})
     with tempfile.TemporaryDirectory() as temporary:
-        for preset in PRESETS:
-            result["presets"][preset] = measure(options.work or Path(temporary), preset, options.count)
-            OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result)
+        for preset in options.preset:
+            record(preset, measure(options.work or Path(temporary), preset, options.count))
+    show(json.loads(OUT.read_text()))
 
 
 if __name__ == "__main__":

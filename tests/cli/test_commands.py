@@ -180,7 +180,9 @@ def test_full_disk_leaves_nothing(spoken_checkpoint, tmp_path):
     )
     output, errors = running.communicate(timeout=120)
     assert running.returncode == 2, errors
-    assert errors.startswith("error: output") and "disk is full" in errors and errors.count("\n") == 1
+    *said, error = errors.splitlines()
+    assert error.startswith("error: output") and "disk is full" in error
+    assert [line.split()[0] for line in said] == ["about", "needs"]  # what it takes, before it starts
     assert output == "" and leftovers(tmp_path) == []
 
 

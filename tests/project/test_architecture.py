@@ -36,8 +36,8 @@ INSIDE = {
         ("model",),
         ("graph",),
         ("tensorrt",),
-        ("bundle",),
         ("nano",),
+        ("bundle",),
         ("study",),
         ("uhd_export",),
     ),
@@ -154,7 +154,7 @@ def test_no_circle_of_files():
         ("plugins.jbu.kernel", "plugins.jbu.reference", False),
         ("checkpoint.source", "model.uhd", True),
         ("bundle.build", "tensorrt.builder", False),
-        ("bundle.build", "nano.cards", True),
+        ("nano.cards", "bundle.build", True),
     ],
 )
 def test_a_wrong_way_is_seen(module, target, wrong):

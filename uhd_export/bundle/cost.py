@@ -25,13 +25,15 @@ class Cost:
     """Bytes of a bundle's `parts`, and of what a build keeps or needs beside them: a prediction.
 
     `checkpoint` is the GPTQ checkpoint written first, `temporary` a graph that is calibrated on, or those
-    that engines are built from. `weights` are the language model's linear ones, in numbers.
+    that engines are built from. `weights` are the language model's linear ones, in numbers; `rounded` says
+    whether anything is stored in fewer bits than a float's.
     """
 
     parts: dict[str, int]
     checkpoint: int
     temporary: int
     weights: int
+    rounded: bool
 
     @property
     def bundle(self) -> int:
@@ -78,7 +80,7 @@ def estimate_cost(
     temporary = vision if int8 else 0
     if options.engines is not None:
         temporary = max(temporary, sum(parts.values()))
-    return Cost(parts, checkpoint, temporary, weights)
+    return Cost(parts, checkpoint, temporary, weights, int8 or quantization is not None)
 
 
 def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str) -> list[str]:
@@ -91,7 +93,7 @@ def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str
     machine = measured()["rates"]["machine"]
     takes = f"; takes about {_duration(seconds)} on a {machine}" if seconds >= _WORTH_SAYING else ""
     lines.append(f"needs {format_bytes(disk)} of disk{beside}{takes}")
-    return [*lines, loss_line(options)]
+    return [*lines, loss_line(options)] if cost.rounded else lines
 
 
 def loss_line(options: BuildOptions) -> str:
