@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from uhd_export.bundle.presets import PRESETS
+from uhd_export.runtime.files import write_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "uhd_export" / "nano" / "presets.json"
@@ -66,7 +67,7 @@ def record(preset: str | None, row: dict) -> None:
     rows = json.loads(OUT.read_text())["presets"] if OUT.exists() else {}
     rows |= {} if preset is None else {preset: row}
     ordered = {name: rows[name] for name in PRESETS if name in rows}
-    OUT.write_text(json.dumps({"rates": rates(), "presets": ordered}, indent=1) + "\n", encoding="utf-8")
+    write_file(OUT, json.dumps({"rates": rates(), "presets": ordered}, indent=1) + "\n")
 
 
 def show(result: dict) -> None:

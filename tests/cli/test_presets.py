@@ -32,9 +32,12 @@ def options(monkeypatch, tmp_path):
 def test_a_preset_is_a_default_of_other_options(options, name):
     expected = PRESETS[name].options()
     assert options("--preset", name)[0] == expected
-    explicit = (f"--weights={expected.weights.weights}", f"--lm-head={expected.weights.lm_head}")
-    explicit += (f"--vision-weights={expected.vision_weights}", f"--dtype={expected.precision}")
-    assert options(*explicit)[0].weights == expected.weights
+    weights = expected.weights
+    explicit = [f"--weights={weights.weights}", f"--lm-head={weights.lm_head}"]
+    explicit += [f"--vision-weights={expected.vision_weights}", f"--cache={expected.cache_type}"]
+    spelled = options(*explicit)[0]
+    assert (spelled.weights, spelled.vision_weights) == (weights, expected.vision_weights)
+    assert (spelled.cache_type, spelled.precision) == (expected.cache_type, expected.precision)
     assert len({preset.options() for preset in PRESETS.values()}) == len(PRESETS)
 
 
@@ -61,6 +64,9 @@ def test_what_a_backend_cannot_have_is_float16_and_said(options, last):
         assert f"--preset balanced: {reason}; it is float16" in said
     _, said = options("--preset", "balanced", "--backend", "tensorrt-rtx", "--lm-head", "dense")
     assert "8-bit head" not in said
+    chosen, said = options("--preset", "small", "--backend", "tensorrt-rtx")
+    assert (chosen.cache_type, chosen.weights.lm_head) == ("float16", "int4")
+    assert "--preset small: tensorrt-rtx has no int8 cache; it is float16" in said
 
 
 def test_an_unknown_preset_is_refused():

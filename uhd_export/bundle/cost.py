@@ -99,7 +99,7 @@ def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str
 def loss_line(options: BuildOptions) -> str:
     """What the preset that chooses as `options` do lost on the embedded model; none may."""
     weights = options.weights
-    chosen = Preset(weights.weights, weights.lm_head, options.vision_weights, options.dtype)
+    chosen = Preset(weights.weights, weights.lm_head, options.vision_weights, options.cache, options.dtype)
     found = next((name for name, preset in PRESETS.items() if preset == chosen), None)
     table = measured()["presets"]
     if found not in table or options.engines is not None or weights.activations != "int8":

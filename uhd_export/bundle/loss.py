@@ -41,7 +41,8 @@ class GreedyRun:
 
 def is_lossy(manifest: Manifest) -> bool:
     """Whether the bundle rounds what the checkpoint stores, or what is multiplied with it."""
-    return manifest.quantization is not None or manifest.vision_quantization is not None
+    rounded = manifest.quantization is not None or manifest.vision_quantization is not None
+    return rounded or manifest.precision.cache != manifest.precision.language
 
 
 def loss_entries(
@@ -88,10 +89,12 @@ def _steps(
 
 def _engine_step(manifest: Manifest) -> str:
     """What the language engine rounds beside its weights: all at once, since the engine is one."""
-    weights, dtype = manifest.quantization, manifest.precision.language
-    found = [] if dtype == "float32" else [f"{dtype} products"]
+    weights, precision = manifest.quantization, manifest.precision
+    found = [] if precision.language == "float32" else [f"{precision.language} products"]
     if weights is not None and weights.activations == "int8":
         found.append("int8 activations")
+    if precision.cache != precision.language:
+        found.append(f"{precision.cache} cache")
     return " and ".join(found)
 
 

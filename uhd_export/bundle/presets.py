@@ -13,23 +13,25 @@ from uhd_export.runtime.choices import ENGINE_BACKENDS
 
 @dataclass(frozen=True)
 class Preset:
-    """Fields of WeightOptions and BuildOptions. `dtype` None is the backend's own."""
+    """Fields of WeightOptions and BuildOptions. None is the backend's own, `cache` None as `dtype`."""
 
     weights: str
     lm_head: str
     vision_weights: str
+    cache: str | None = None
     dtype: str | None = None
 
     def options(self) -> BuildOptions:
         """A build for ONNX Runtime with these and otherwise default options."""
         weights = WeightOptions(weights=self.weights, lm_head=self.lm_head)
-        return BuildOptions(weights=weights, vision_weights=self.vision_weights, dtype=self.dtype)
+        vision, cache = self.vision_weights, self.cache
+        return BuildOptions(weights=weights, vision_weights=vision, cache=cache, dtype=self.dtype)
 
 
 PRESETS = {
-    "exact": Preset("dense", "dense", "dense", "float32"),
-    "balanced": Preset("int4", "int8", "int8"),
-    "small": Preset("int4", "int4", "int8"),
+    "exact": Preset("dense", "dense", "dense", dtype="float32"),
+    "balanced": Preset("int4", "int8", "int8", "float16"),
+    "small": Preset("int4", "int4", "int8", "int8"),
 }
 
 
@@ -39,6 +41,10 @@ def adapted(name: str, backend: str, dtype: str | None = None) -> tuple[Preset, 
     if backend in ENGINE_BACKENDS and preset.lm_head == "int8":
         preset = replace(preset, lm_head="dense")
         reasons["lm_head"] = f"{backend} has no 8-bit head; it is float16"
+    if backend in ENGINE_BACKENDS and preset.cache is not None:
+        preset = replace(preset, cache=None)
+        if PRESETS[name].cache != "float16":
+            reasons["cache"] = f"{backend} has no {PRESETS[name].cache} cache; it is float16"
     if backend not in ENGINE_BACKENDS and dtype == "float16" and preset.vision_weights == "int8":
         preset = replace(preset, vision_weights="dense")
         reasons["vision_weights"] = "ONNX Runtime's 8-bit vision wants float32 activations; it is float16"

@@ -12,7 +12,7 @@ from uhd_export.bundle.loss import DIVERGENCE, ERROR, ORIGINAL, divergence, loss
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.graph.int4.options import WeightOptions
 
-STEPS = ["int4 weights", "int8 head", "int8 activations", "int8 vision"]
+STEPS = ["int4 weights", "int8 head", "int8 activations and int8 cache", "int8 vision"]
 
 
 def test_divergence_is_kullback_and_leiblers():
@@ -40,7 +40,9 @@ def manifest(tmp_path_factory, runs):
         return entries
 
     folder = tmp_path_factory.mktemp("loss") / "out"
-    options = BuildOptions(weights=WeightOptions("int4-rtn"), vision_weights="int8", questions=2)
+    options = BuildOptions(
+        weights=WeightOptions("int4-rtn"), vision_weights="int8", cache="int8", questions=2
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "loss_entries", spied)
         return build_bundle("nano", folder, options=options), folder
