@@ -3,21 +3,24 @@
 `python benchmarks/gpu_model.py` prints them for an RTX 4090, an H100 and a Jetson AGX Orin. Not measured, and
 said so in the JSON. Each stage takes the longer of its bytes over the memory bandwidth and its FLOPs over the
 tensor cores' dense float16 peak, both at the shares below, which kernels of this kind reach. Stages follow
-each other; launches and the host are not counted. `benchmarks/gpu.py` puts the same figures beside what it
-measures.
+each other, and so do the kernels of window attention; launches and the host are not counted.
+`benchmarks/gpu.py` puts the same figures beside what it measures.
 """
 
 import json
 import sys
+from dataclasses import replace
 
-from uhd_export.plugins.roofline import CROPS, DEVICES, KNOWN_DEVICES, Device
+from uhd_export.plugins.roofline import CROPS, DEVICES, KNOWN_DEVICES, Device, image_kernels
 from uhd_export.runtime.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from uhd_export.runtime.language.decoder import visible
-from uhd_export.runtime.profiling.costs import kv_cache_bytes, language_bytes, stage_costs, total
+from uhd_export.runtime.profiling.costs import Cost, kv_cache_bytes, language_bytes, stage_costs, total
 
 BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6
 POSITIONS, CONTEXT = 1066, 4096
 INT4_BYTES = 0.5 + 2 / 128  # a weight in groups of 128 with a float16 scale
+# Parts of the projector that the kernels of window attention compute; positions are a product before them.
+WINDOW_ATTENTION = ("pooling", "scores", "mixing", "value")
 VICUNA_7B = LanguageConfig(
     kind="llama", hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_size=128,
     vocab=32000, context=CONTEXT, eps=1e-5, rope_theta=10000.0, tied=False, bos=1, eos=(2,),
@@ -31,27 +34,41 @@ MODEL = ModelConfig(VIT_L, ProjectorConfig("hiwin", 4096, 1024, (1, 2, 4), 12), 
 def stage_times(device: Device) -> dict[str, float]:
     """Milliseconds of each stage on `device`; decode is one token after the prompt, int4, with its cache."""
     grids = [(rows, cols) for count, rows, cols in CROPS for _ in range(count)]
-    costs = {name: total(parts) for name, parts in stage_costs(grids, MODEL, POSITIONS, folded=True).items()}
+    parts = stage_costs(grids, MODEL, POSITIONS, folded=True)
+    for name in WINDOW_ATTENTION:
+        del parts["projector"][name]
+    costs = {name: total(stage) for name, stage in parts.items()}
     # All but the table of embeddings, of which a token reads one row.
     weights = language_bytes(VICUNA_7B, INT4_BYTES) - 2 * VICUNA_7B.vocab * VICUNA_7B.hidden
-    bytes_moved = {name: 2 * cost.elements for name, cost in costs.items()}
-    bytes_moved["prefill"] += weights - 2 * costs["prefill"].weights
     seen = len(visible(POSITIONS + 1, CONTEXT))
-    bytes_moved["decode"] = weights + kv_cache_bytes(VICUNA_7B, seen)
-    return {
-        name: 1e3
-        * max(
-            bytes_moved[name] / (BANDWIDTH_SHARE * device.bandwidth),
-            cost.flops / (PEAK_SHARE * device.flops),
-        )
-        for name, cost in costs.items()
-    }
+    costs["prefill"] = replace(costs["prefill"], weights=weights // 2)
+    costs["decode"] = replace(
+        costs["decode"], weights=weights // 2, activations=kv_cache_bytes(VICUNA_7B, seen) // 2
+    )
+    times = {name: time(cost, device) for name, cost in costs.items()}
+    times["projector"] += sum(window_attention_times(device).values())
+    return times
+
+
+def window_attention_times(device: Device) -> dict[str, float]:
+    """Milliseconds of each kernel of window attention, a part of the projector."""
+    return {name: time(cost, device) for name, cost in image_kernels().items()}
+
+
+def time(cost: Cost, device: Device) -> float:
+    """Milliseconds of what moves elements of two bytes."""
+    bytes_moved, peak = 2 * cost.elements, PEAK_SHARE * device.flops
+    return 1e3 * max(bytes_moved / (BANDWIDTH_SHARE * device.bandwidth), cost.flops / peak)
 
 
 def predict(device: Device) -> dict[str, dict[str, float] | str]:
     """The times, and a note of what they are."""
-    rounded = {name: round(ms, 2) for name, ms in stage_times(device).items()}
-    return {"what": "predicted from counts, not measured", "device": device.name, "milliseconds": rounded}
+    return {
+        "what": "predicted from counts, not measured",
+        "device": device.name,
+        "milliseconds": {name: round(ms, 2) for name, ms in stage_times(device).items()},
+        "window_attention": {name: round(ms, 2) for name, ms in window_attention_times(device).items()},
+    }
 
 
 if __name__ == "__main__":

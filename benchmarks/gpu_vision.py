@@ -19,7 +19,7 @@ from uhd_export.model.projector import HiwinProjector
 from uhd_export.model.vit import VisionTower
 from uhd_export.plugins.jbu import torch_op as _jbu  # noqa: F401 (registers the op)
 from uhd_export.plugins.window_attention import torch_op as _window  # noqa: F401
-from uhd_export.plugins.window_attention.reference import Level, Mixed
+from uhd_export.plugins.window_attention.reference import Level
 from uhd_export.runtime.image.geometry import crop_geometry
 
 Maps = dict[int, torch.Tensor]
@@ -125,10 +125,10 @@ class Ours(Released):
         return folded_tokens(self.folded, maps, batch.geometry, _attend)
 
 
-def _attend(levels: list[Level], query_position: torch.Tensor, sets: int) -> list[Mixed]:
-    flat = [tensor.contiguous() for level in levels for tensor in level]
-    outputs = torch.ops.uhd.window_attention(query_position, flat, sets)
-    return [Mixed(*outputs[i : i + 2]) for i in range(0, len(outputs), 2)]
+def _attend(levels: list[Level], *shared: torch.Tensor) -> torch.Tensor:
+    return torch.ops.uhd.window_attention(
+        *shared, [tensor.contiguous() for level in levels for tensor in level]
+    )
 
 
 def _convert(weights: object, device: str, dtype: torch.dtype) -> object:

@@ -27,17 +27,19 @@ from uhd_export.plugins.jbu.launch import INPUTS
 from uhd_export.plugins.roofline import (
     CHANNELS,
     CROPS,
+    HEADS,
     KNOWN_DEVICES,
-    QUERIES,
     SCALES,
     SIDE,
+    SIZE,
     Device,
     floor,
     jbu_cost,
+    levels_of,
     window_cost,
 )
 from uhd_export.plugins.window_attention import torch_op as window
-from uhd_export.plugins.window_attention.launch import LevelShape
+from uhd_export.plugins.window_attention.launch import SETS
 from uhd_export.plugins.window_attention.reference import Level
 from uhd_export.runtime.image.geometry import bicubic, crop_geometry, reflect_pad
 from uhd_export.runtime.profiling.costs import Cost
@@ -68,14 +70,14 @@ def jbu_eager(*inputs: torch.Tensor) -> Tensors:
     return [jbu.reference(*inputs)]
 
 
-def window_kernel(query_position: torch.Tensor, *levels: torch.Tensor) -> Tensors:
+def window_kernel(*inputs: torch.Tensor) -> Tensors:
     """The custom op."""
-    return torch.ops.uhd.window_attention(query_position, list(levels), 4)
+    return [torch.ops.uhd.window_attention(*inputs[:3], list(inputs[3:]))]
 
 
-def window_eager(query_position: torch.Tensor, *levels: torch.Tensor) -> Tensors:
-    """The reference: pool, score, mix."""
-    return window.reference_outputs(query_position, list(levels), 4)
+def window_eager(*inputs: torch.Tensor) -> Tensors:
+    """The reference: pool, score, mix, multiply by the values."""
+    return [window.reference_output(*inputs[:3], list(inputs[3:]))]
 
 
 def jbu_case(batch: int, rows: int, cols: int, channels: int, dtype: torch.dtype, device: str) -> Case:
@@ -107,27 +109,34 @@ def jbu_case(batch: int, rows: int, cols: int, channels: int, dtype: torch.dtype
 
 
 def window_case(
-    batch: int, rows: int, cols: int, channels: int, queries: int, side: int, dtype: torch.dtype, device: str
+    batch: int,
+    rows: int,
+    cols: int,
+    channels: int,
+    heads: int,
+    size: int,
+    side: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> Case:
     """All levels of `batch` equal crops, with random features and queries."""
     generator = torch.Generator().manual_seed(rows)
     geometry = crop_geometry(rows, cols, levels=SCALES, side=side)
-    windows, levels, shapes = side * side, [], []
-    for scale in SCALES:
-        names = (f"{n}_{scale}x_{axis}" for n in ("roi", "window_position") for axis in "yx")
-        matrices = [torch.tensor(geometry[name]) for name in names]
+    windows, queries, shapes, levels = side * side, SETS * heads, levels_of(rows, cols), []
+    for scale, shape in zip(SCALES, shapes, strict=True):
         levels += Level(
-            torch.randn(batch, rows * scale, cols * scale, channels, generator=generator),
-            torch.rand(batch, rows * scale, cols * scale, generator=generator) + 0.5,
-            *matrices,
+            torch.randn(batch, shape.height, shape.width, channels, generator=generator),
+            torch.rand(batch, shape.height, shape.width, generator=generator) + 0.5,
+            *(torch.tensor(geometry[f"roi_{scale}x_{axis}"]) for axis in "yx"),
             torch.randn(windows, channels, queries, generator=generator) * channels**-0.5,
             torch.randn(windows, queries, generator=generator),
             torch.randn(windows, queries, generator=generator),
         )
-        shapes.append(LevelShape(rows * scale, cols * scale, matrices[0].shape[1], matrices[1].shape[1]))
-    query_position = torch.randn(windows, queries, windows, generator=generator)
-    cost = window_cost(shapes, batch=batch, side=side, queries=queries, channels=channels)
-    inputs = [tensor.to(device, dtype) for tensor in (query_position, *levels)]
+    position = torch.randn(windows, sum(shape.rows for shape in shapes), queries, generator=generator)
+    value = torch.randn(len(SCALES), heads, channels, size, generator=generator) * channels**-0.5
+    value_moments = torch.randn(len(SCALES), heads, 2, size, generator=generator)
+    cost = window_cost(shapes, batch=batch, side=side, heads=heads, size=size, channels=channels)
+    inputs = [tensor.to(device, dtype) for tensor in (position, value, value_moments, *levels)]
     return Case(f"window attention {batch}x{rows}x{cols}", window_kernel, window_eager, inputs, cost)
 
 
@@ -137,7 +146,7 @@ def cases(dtype: torch.dtype, device: str = "cuda") -> list[Case]:
     for batch, rows, cols in CROPS:
         for scale in SCALES[:-1]:
             cases.append(jbu_case(batch, rows * scale, cols * scale, CHANNELS, dtype, device))
-        cases.append(window_case(batch, rows, cols, CHANNELS, QUERIES, SIDE, dtype, device))
+        cases.append(window_case(batch, rows, cols, CHANNELS, HEADS, SIZE, SIDE, dtype, device))
     return cases
 
 

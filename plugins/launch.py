@@ -26,10 +26,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A float32 buffer that a launch writes and a later one reads."""
+    """A buffer that a launch writes and a later one reads."""
 
     name: str
     elements: int
+    dtype: str = "float32"
 
 
 def power_of_two(n: int, minimum: int = 16) -> int:

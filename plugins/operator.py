@@ -54,8 +54,8 @@ class Operator(ABC):
     @abstractmethod
     def plan(
         self, shapes: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
-    ) -> tuple[tuple[Launch, ...], Scratch]:
-        """Launches for inputs of these shapes, and the scratch buffer that they share."""
+    ) -> tuple[tuple[Launch, ...], tuple[Scratch, ...]]:
+        """Launches for inputs of these shapes, and the scratch buffers that they share."""
 
     @abstractmethod
     def variants(self, shapes: "ShapeRanges", attributes: Mapping[str, int], dtype: str) -> Iterable[Launch]:

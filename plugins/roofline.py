@@ -5,7 +5,7 @@ a multiply-add: what an implementation adds (halos, composed stencils, padded ti
 floor is the longer of bytes over memory bandwidth and FLOPs over the tensor cores' dense float16 peak.
 
 `python -m uhd_export.plugins.roofline` prints the floors of one 1008x672 image: six 24x24 crops in one
-call, the 19x29 overview in another.
+call, the 19x29 overview in another; and what each kernel of window attention adds to the op by its buffers.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uhd_export.plugins.window_attention.launch import LevelShape
+from uhd_export.plugins.window_attention.launch import SETS, LevelShape
 from uhd_export.runtime.image.geometry import bin_grid, roi_align
 from uhd_export.runtime.profiling.costs import Cost
 
 TAPS, RANGE, COLOURS, FIXUP_IN = 49, 32, 3, 52
 CROPS = ((6, 24, 24), (1, 19, 29))  # batch, rows, columns of patches at 1008x672
 SCALES = (1, 2, 4)
-SIDE, CHANNELS, QUERIES = 12, 1024, 128  # ViT-L and Vicuna-7B (32 heads of four query sets)
+SIDE, CHANNELS, HEADS, SIZE = 12, 1024, 32, 128  # ViT-L and Vicuna-7B
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,53 @@ def jbu_cost(batch: int, height: int, width: int, channels: int) -> Cost:
     )
 
 
-def window_cost(levels: Sequence[LevelShape], *, batch: int, side: int, queries: int, channels: int) -> Cost:
-    """Window attention over `levels`; queries are shared by the crops of a call."""
-    windows, flops, elements = side * side, 0, 0
-    for height, width, bins_y, bins_x in levels:
-        rows = bins_y * bins_x
-        pooling = np.count_nonzero(roi_align(height, bins_y, side)) * np.count_nonzero(
-            roi_align(width, bins_x, side)
-        )
-        flops += 2 * batch * int(pooling) * channels
-        flops += 2 * 2 * batch * windows * rows * queries * channels  # scores, and mixing
-        elements += batch * height * width * (channels + 1)
-        elements += windows * queries * (channels + 2)
-        elements += batch * windows * queries * (channels + 2)
-    return Cost(flops, activations=elements + windows * queries * windows)
+def window_cost(
+    levels: Sequence[LevelShape], *, batch: int, side: int, heads: int, size: int, channels: int
+) -> Cost:
+    """Window attention over `levels`; queries and values are shared by the crops of a call."""
+    kernels = window_kernels(levels, batch=batch, side=side, heads=heads, size=size, channels=channels)
+    windows, queries, total = side * side, SETS * heads, sum(level.rows for level in levels)
+    pixels = sum(height * width for height, width, *_ in levels)
+    elements = batch * pixels * (channels + 1) + windows * total * queries
+    elements += len(levels) * (windows * queries + heads * size) * (channels + 2)
+    elements += batch * windows * SETS * heads * size
+    return Cost(sum(cost.flops for cost in kernels.values()), activations=elements)
+
+
+def window_kernels(
+    levels: Sequence[LevelShape], *, batch: int, side: int, heads: int, size: int, channels: int
+) -> dict[str, Cost]:
+    """What each kernel of window attention does, all levels together, the buffers between them included.
+
+    A kernel reads its inputs once and writes its outputs once; an element of a float32 buffer counts as two.
+    """
+    windows, queries, total = side * side, SETS * heads, sum(level.rows for level in levels)
+    rows = batch * windows * total
+    pixels = sum(height * width for height, width, *_ in levels)
+    taps = sum(
+        np.count_nonzero(roi_align(level.height, level.bins_y, side))
+        * np.count_nonzero(roi_align(level.width, level.bins_x, side))
+        for level in levels
+    )
+    pooled, moments, scores = rows * channels, 2 * 2 * rows, 2 * rows * queries
+    parameters = len(levels) * (channels + 2)
+    values = batch * windows * SETS * len(levels) * channels * heads * size
+    return {
+        "window_pool": Cost(
+            2 * batch * int(taps) * channels, 0, batch * pixels * (channels + 1) + pooled + moments
+        ),
+        "window_scores": Cost(
+            2 * rows * queries * channels,
+            windows * queries * parameters,
+            pooled + moments + windows * total * queries + scores,
+        ),
+        "window_softmax": Cost(0, 0, 2 * scores),
+        "window_values": Cost(
+            2 * rows * queries * channels + 2 * values,
+            heads * size * parameters,
+            pooled + moments + scores + batch * windows * SETS * heads * size,
+        ),
+    }
 
 
 def image_costs() -> dict[str, Cost]:
@@ -81,9 +114,26 @@ def image_costs() -> dict[str, Cost]:
     for batch, rows, cols in CROPS:
         for scale in SCALES[:-1]:
             jbu += jbu_cost(batch, rows * scale, cols * scale, CHANNELS)
-        levels = [LevelShape(rows * s, cols * s, *bin_grid(rows, cols, s, "selective")) for s in SCALES]
-        window += window_cost(levels, batch=batch, side=SIDE, queries=QUERIES, channels=CHANNELS)
+        window += window_cost(
+            levels_of(rows, cols), batch=batch, side=SIDE, heads=HEADS, size=SIZE, channels=CHANNELS
+        )
     return {"JBU": jbu, "WindowAttention": window}
+
+
+def image_kernels() -> dict[str, Cost]:
+    """What the kernels of window attention do for one 1008x672 image at real size."""
+    kernels: dict[str, Cost] = {}
+    for batch, rows, cols in CROPS:
+        for name, cost in window_kernels(
+            levels_of(rows, cols), batch=batch, side=SIDE, heads=HEADS, size=SIZE, channels=CHANNELS
+        ).items():
+            kernels[name] = kernels.get(name, Cost()) + cost
+    return kernels
+
+
+def levels_of(rows: int, cols: int) -> list[LevelShape]:
+    """Levels of a crop of patches, selective grids."""
+    return [LevelShape(rows * s, cols * s, *bin_grid(rows, cols, s, "selective")) for s in SCALES]
 
 
 def note(op: str) -> str:
@@ -96,3 +146,5 @@ def note(op: str) -> str:
 if __name__ == "__main__":
     for op in image_costs():
         print(f"{op}: {note(op)}")
+    for name, cost in image_kernels().items():
+        print(f"  {name}: {cost.elements * 2 / 1e6:.0f} MB and {cost.flops / 1e9:.1f} GFLOP")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.launch import Launch, Scratch
 from uhd_export.plugins.operator import Operator, check_shapes
 from uhd_export.plugins.tiles import INTERPRETED
 from uhd_export.runtime.errors import UhdError
@@ -23,6 +23,13 @@ def check(operator: Operator, attributes: Mapping[str, int], inputs: Sequence[to
                 f"operator {operator.name}: input {name} is {tensor.dtype} on {tensor.device}; it must be "
                 f"float32, float16 or bfloat16 on {inputs[0].device}"
             )
+
+
+def buffers(scratch: Sequence[Scratch], device: torch.device) -> dict[str, torch.Tensor]:
+    """The scratch buffers by name."""
+    return {
+        one.name: torch.empty(one.elements, dtype=getattr(torch, one.dtype), device=device) for one in scratch
+    }
 
 
 def run(kernels: ModuleType, launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -35,7 +35,7 @@ def main(dtypes: tuple[str, ...], targets: tuple[int, ...], as_json: bool) -> No
             )
 
 
-WIDTHS = {"op": 16, "kernel": 15, "pixels": 6, "sm": 4, "registers": 9, "ptx_bytes": 9}
+WIDTHS = {"op": 16, "kernel": 15, "sm": 4, "registers": 9, "ptx_bytes": 9}
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ OUTPUTS = ("output",)
 
 def plan(
     batch: int, height: int, width: int, channels: int, dtype: str
-) -> tuple[tuple[Launch, ...], Scratch]:
+) -> tuple[tuple[Launch, ...], tuple[Scratch, ...]]:
     """Both launches for a (batch, height, width, channels) source, and the range features' buffer.
 
     `dtype` is "float32", "float16" or "bfloat16".
@@ -55,4 +55,4 @@ def plan(
         stages=2,
         registers=None if single else 128,
     )
-    return (features, stage), Scratch("features", pixels * RANGE)
+    return (features, stage), (Scratch("features", pixels * RANGE),)

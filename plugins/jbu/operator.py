@@ -54,7 +54,7 @@ class JbuOperator(Operator):
 
     def plan(
         self, shapes: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
-    ) -> tuple[tuple[Launch, ...], Scratch]:
+    ) -> tuple[tuple[Launch, ...], tuple[Scratch, ...]]:
         """From the source's shape."""
         batch, height, width, channels = shapes["source"]
         return plan(batch, height, width, channels, dtype)

@@ -55,7 +55,7 @@ def _(source: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
 def launch(*inputs: torch.Tensor) -> torch.Tensor:
     """Run the Triton kernels; on a CPU only under TRITON_INTERPRET=1. Raises UhdError for unfit inputs."""
     from uhd_export.plugins.jbu import kernel
-    from uhd_export.plugins.torch_launch import DTYPES, check, run
+    from uhd_export.plugins.torch_launch import DTYPES, buffers, check, run
 
     check(JbuOperator(), {}, inputs)
     source = inputs[0]
@@ -63,6 +63,5 @@ def launch(*inputs: torch.Tensor) -> torch.Tensor:
     output = source.new_empty(batch, 2 * height, 2 * width, channels)
     launches, scratch = plan(batch, height, width, channels, DTYPES[source.dtype])
     tensors = {name: tensor.contiguous() for name, tensor in zip(INPUTS, inputs, strict=True)}
-    tensors[scratch.name] = source.new_empty(scratch.elements, dtype=torch.float32)
-    run(kernel, launches, tensors | {OUTPUTS[0]: output})
+    run(kernel, launches, tensors | {OUTPUTS[0]: output} | buffers(scratch, source.device))
     return output

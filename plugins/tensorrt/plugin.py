@@ -76,9 +76,9 @@ class Build:
                     f"operator {operator.name}: axis {axis} of input {name} ranges from {first} to {last}; "
                     "it must be fixed"
                 )
-        scratch = operator.plan(shapes.max, attributes, dtype)[1].name
+        scratch = {one.name: one.dtype for one in operator.plan(shapes.max, attributes, dtype)[1]}
         for launch in operator.variants(shapes, attributes, dtype):
-            kinds = tuple("float32" if name == scratch else dtype for name in launch.tensors)
+            kinds = tuple(scratch.get(name, dtype) for name in launch.tensors)
             for capability in self.capabilities:
                 self.launches[kernel_key(launch, kinds, capability)] = (launch, kinds, capability)
 

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.launch import Launch, Scratch
 from uhd_export.plugins.operator import Operator, Shape
 from uhd_export.plugins.tensorrt.driver import open_driver
 from uhd_export.runtime.errors import UhdError
 
+# Function and sizes; pointers; integers; nulls.
+_Call = tuple[tuple[Any, ...], list[tuple[int, int]], tuple[int, ...], int]
 KERNELS = "kernels"  # the serialized field that holds the compiled kernels
 ALIGNMENT = 256  # bytes, of a scratch buffer in the workspace
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _PLANS = 64  # shapes whose launches are kept: planning takes longer than the driver does
 
 
@@ -49,7 +52,7 @@ class Runner:
     ) -> None:
         self.operator, self.attributes, self.kernels = operator, attributes, kernels
         self._functions: dict[tuple[int, str], Any] = {}
-        self._plans: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], list[int], tuple[int, ...], int]]] = {}
+        self._plans: dict[tuple[Any, ...], list[_Call]] = {}
 
     def run(
         self,
@@ -69,19 +72,22 @@ class Runner:
             self._plans[key] = self._plan(shapes, types, context)
         places = (*pointers, workspace)
         for (function, grid, threads, shared), tensors, integers, nulls in self._plans[key]:
-            addresses = [places[index] for index in tensors]
+            addresses = [places[index] + offset for index, offset in tensors]
             driver.launch(function, grid, threads, shared, stream, addresses, integers, nulls)
 
-    def _plan(
-        self, shapes: Sequence[Shape], types: Sequence[str], context: int
-    ) -> list[tuple[tuple[Any, ...], list[int], tuple[int, ...], int]]:
-        """The launches for inputs of these shapes: function and sizes, which pointers, integers, nulls."""
+    def _plan(self, shapes: Sequence[Shape], types: Sequence[str], context: int) -> list[_Call]:
+        """The launches for inputs of these shapes: function and sizes, pointers, integers, nulls.
+
+        A pointer is an index into inputs, outputs and workspace, and the bytes from there on.
+        """
         inputs, outputs = self.operator.inputs(self.attributes), self.operator.outputs(self.attributes)
         launches, scratch = self.operator.plan(
             dict(zip(inputs, shapes, strict=True)), self.attributes, types[-1]
         )
-        names = (*inputs, *outputs, scratch.name)
-        kind = dict(zip(names, (*types, "float32"), strict=True))
+        tensors = (*inputs, *outputs)
+        kind = dict(zip(tensors, types, strict=True)) | {one.name: one.dtype for one in scratch}
+        place = {name: (index, 0) for index, name in enumerate(tensors)}
+        place |= {name: (len(tensors), offset) for name, offset in layout(scratch)[0].items()}
         driver, plan = open_driver(), []
         capability = driver.capability()
         for launch in launches:
@@ -92,8 +98,8 @@ class Runner:
             if (context, key) not in self._functions:
                 self._functions[context, key] = driver.load(kernel["ptx"], kernel["name"], kernel["shared"])
             call = (self._functions[context, key], launch.grid, 32 * kernel["warps"], kernel["shared"])
-            tensors = [names.index(name) for name in launch.tensors]
-            plan.append((call, tensors, launch.integers, kernel["nulls"]))
+            pointers = [place[name] for name in launch.tensors]
+            plan.append((call, pointers, launch.integers, kernel["nulls"]))
         return plan
 
     def _missing(self, launch: Launch, capability: int) -> str:
@@ -116,4 +122,13 @@ def workspace_bytes(
     """Bytes of scratch for inputs of these shapes."""
     names = operator.inputs(attributes)
     _, scratch = operator.plan(dict(zip(names, shapes, strict=True)), attributes, dtype)
-    return -(-4 * scratch.elements // ALIGNMENT) * ALIGNMENT
+    return layout(scratch)[1]
+
+
+def layout(scratch: Sequence[Scratch]) -> tuple[dict[str, int], int]:
+    """Where each buffer begins in the workspace, and the bytes of all."""
+    offsets, end = {}, 0
+    for one in scratch:
+        offsets[one.name] = end
+        end += -(-_BYTES[one.dtype] * one.elements // ALIGNMENT) * ALIGNMENT
+    return offsets, end

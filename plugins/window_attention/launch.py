@@ -3,23 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from uhd_export.plugins.launch import Constant, Launch, Scratch, power_of_two
+from uhd_export.plugins.launch import Launch, Scratch, power_of_two
 
-LEVEL_INPUTS = (
-    "features",
-    "scale",
-    "roi_y",
-    "roi_x",
-    "position_y",
-    "position_x",
-    "query",
-    "query_scale",
-    "query_mass",
-)
-LEVEL_OUTPUTS = ("rows", "moments")
-PIXELS = (16, 32, 64, 128)  # pixels that a launch takes of a window, by need
-PIXELS_FLOAT32 = PIXELS[:-1]  # 128 would need more shared memory than consumer GPUs have
-CHANNELS_A_PROGRAM = 512  # of the mixing kernel: enough programs for a large GPU at one crop
+LEVEL_INPUTS = ("features", "scale", "roi_y", "roi_x", "query", "query_scale", "query_mass")
+OUTPUTS = ("attended",)
+SETS = 4  # queries of a head in a window; the kernel mixes for four at a time
+LEVELS = 4  # most that the kernel has arguments for
+BINS = 4  # neighbouring bins that a program pools, as in the kernel
+ROWS = 64  # of all crops of a window that a program scores
+TILE = 32  # windows of a program that mixes and multiplies by the values
 
 
 class LevelShape(NamedTuple):
@@ -30,99 +22,110 @@ class LevelShape(NamedTuple):
     bins_y: int
     bins_x: int
 
+    @property
+    def rows(self) -> int:
+        """Pooled rows of a window."""
+        return self.bins_y * self.bins_x
+
 
 def inputs(levels: int) -> tuple[str, ...]:
     """Names of the op's inputs in order; a level's end in its index."""
-    return ("query_position", *(f"{name}_{i}" for i in range(levels) for name in LEVEL_INPUTS))
-
-
-def outputs(levels: int) -> tuple[str, ...]:
-    """Names of the op's outputs in order."""
-    return tuple(f"{name}_{i}" for i in range(levels) for name in LEVEL_OUTPUTS)
-
-
-def reach(size: int, side: int) -> int:
-    """Most pixels along an axis that RoIAlign of one of `side` equal windows over `size` pixels touches.
-
-    Samples lie inside the window and bilinear weights reach one pixel further. Boxes rounded to
-    bfloat16 are longer by up to size / 256 (two edges, each off by 2^-9 of its coordinate).
-    """
-    return min(int(max(size / side, 1) + size / 256) + 3, size)
-
-
-def pixels_at_once(level: LevelShape, side: int, dtype: str) -> int:
-    """How many pixels of a window one launch takes: all that a window touches, or the most that fit."""
-    sizes = PIXELS_FLOAT32 if dtype == "float32" else PIXELS
-    return next((size for size in sizes if size >= _area(level, side)), sizes[-1])
-
-
-def _area(level: LevelShape, side: int) -> int:
-    """Most pixels that a window touches."""
-    return reach(level.height, side) * reach(level.width, side)
+    own = (f"{name}_{i}" for i in range(levels) for name in LEVEL_INPUTS)
+    return ("position", "value", "value_moments", *own)
 
 
 def plan(
-    levels: Sequence[LevelShape],
-    *,
-    batch: int,
-    side: int,
-    queries: int,
-    sets: int,
-    channels: int,
-    dtype: str,
-    pixels: int | None = None,
-) -> tuple[tuple[Launch, ...], Scratch]:
-    """All launches in order, and the buffer for the scores, (side^2, batch, all rows, queries).
+    levels: Sequence[LevelShape], *, batch: int, side: int, heads: int, size: int, channels: int, dtype: str
+) -> tuple[tuple[Launch, ...], tuple[Scratch, ...]]:
+    """All launches in order: pooling and scores of every level, the softmax, the values.
 
-    Two kernels run for every level: the scores of all levels first, then the mixing. A level whose
-    windows touch more than 128 pixels (64 in float32) takes several launches, each adding its pixels.
-    `pixels` replaces the choice of how many a launch takes.
+    Buffers: pooled rows (side^2, batch, all rows, channels), their scale and mass, and the scores (side^2,
+    batch, all rows, queries), which become weights.
     """
     single = dtype == "float32"
+    queries, places, total = SETS * heads, side * side * batch, sum(level.rows for level in levels)
     query_block = power_of_two(queries) if queries <= 128 else 64
     query_blocks = -(-queries // query_block)
     block = min(power_of_two(channels), 32 if single else 64)
-    span = max(CHANNELS_A_PROGRAM // block, 1)  # blocks a program
-    groups = -(-channels // (span * block))
-    total = sum(level.bins_y * level.bins_x for level in levels)
+    precision = ("PRECISION", "ieee" if single else "tf32")
+    pooling: list[Launch] = []
     scores: list[Launch] = []
-    mixing: list[Launch] = []
     first_row = 0
     for index, level in enumerate(levels):
-        step = pixels or pixels_at_once(level, side, dtype)
-        constants: tuple[tuple[str, Constant], ...] = (
-            ("SIDE", side),
-            ("CHANNELS", channels),
-            ("QUERIES", queries),
-            ("QUERY_BLOCK", query_block),
-            ("BLOCK", block),
-            ("PIXELS", step),
-            ("PRECISION", "ieee" if single else "tf32"),
+        names = {name: f"{name}_{index}" for name in LEVEL_INPUTS}
+        pooling.append(
+            Launch(
+                kernel="window_pool",
+                grid=(batch, side * side, level.bins_y * -(-level.bins_x // BINS)),
+                tensors=(*(names[name] for name in LEVEL_INPUTS[:4]), "pooled", "moments"),
+                integers=(batch, *level, first_row, total),
+                constants=(
+                    ("SIDE", side),
+                    ("CHANNELS", channels),
+                    ("BLOCK", min(power_of_two(channels), 1024)),
+                ),
+                warps=4,
+                stages=1,
+            )
         )
-        own = tuple(f"{name}_{index}" for name in LEVEL_INPUTS)
-        for first_pixel in range(0, _area(level, side), step):
-            integers = (batch, *level, first_row, total, first_pixel)
-            scores.append(
-                Launch(
-                    kernel="window_scores",
-                    grid=(batch, side * side, query_blocks),
-                    tensors=("query_position", *own, "scores"),
-                    integers=integers,
-                    constants=constants,
-                    warps=4 if step < 64 else 8,
-                    stages=2,
-                )
+        scores.append(
+            Launch(
+                kernel="window_scores",
+                grid=(-(-batch * level.rows // ROWS), side * side, query_blocks),
+                tensors=(
+                    "pooled",
+                    "moments",
+                    "position",
+                    *(names[name] for name in LEVEL_INPUTS[4:]),
+                    "scores",
+                ),
+                integers=(batch, level.rows, first_row, total),
+                constants=(
+                    ("CHANNELS", channels),
+                    ("QUERIES", queries),
+                    ("QUERY_BLOCK", query_block),
+                    ("ROWS", ROWS),
+                    ("BLOCK", block),
+                    precision,
+                ),
+                warps=8,
+                stages=2 if single else 3,
             )
-            mixing.append(
-                Launch(
-                    kernel="window_mixing",
-                    grid=(batch, side * side, query_blocks * groups),
-                    tensors=(*own[:4], "scores", *(f"{name}_{index}" for name in LEVEL_OUTPUTS)),
-                    integers=(*integers, span),
-                    constants=(*constants, ("SETS", sets)),
-                    warps=8,
-                    stages=2,
-                )
-            )
-        first_row += level.bins_y * level.bins_x
-    return (*scores, *mixing), Scratch("scores", side * side * batch * total * queries)
+        )
+        first_row += level.rows
+    softmax = Launch(
+        kernel="window_softmax",
+        grid=(places, query_blocks, 1),
+        tensors=("scores",),
+        integers=(total,),
+        constants=(("QUERIES", queries), ("QUERY_BLOCK", query_block)),
+        warps=4,
+        stages=1,
+    )
+    tile = TILE // 2 if single else TILE
+    values = Launch(
+        kernel="window_values",
+        grid=(heads, -(-places // tile), 1),
+        tensors=("pooled", "moments", "scores", "value", "value_moments", *OUTPUTS),
+        integers=(batch, places, total, *(level.rows for level in levels), *(LEVELS - len(levels)) * (0,)),
+        constants=(
+            ("WINDOWS", side * side),
+            ("LEVELS", len(levels)),
+            ("CHANNELS", channels),
+            ("HEADS", heads),
+            ("SIZE", size),
+            ("SIZE_BLOCK", power_of_two(size)),
+            ("TILE", tile),
+            ("BLOCK", block),
+            precision,
+        ),
+        warps=8,
+        stages=1,
+        registers=None if single else 128,
+    )
+    scratch = (
+        Scratch("pooled", places * total * channels, dtype),
+        Scratch("moments", places * total * 2),
+        Scratch("scores", places * total * queries),
+    )
+    return (*pooling, *scores, softmax, values), scratch

@@ -5,55 +5,71 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from uhd_export.plugins.graph import PLUGIN_DOMAIN, GraphBuilder
+from uhd_export.plugins.window_attention.launch import SETS
 from uhd_export.plugins.window_attention.reference import Level
 
 OP = "WindowAttention"
 
 
 def add_window_attention(
-    b: GraphBuilder, query_position: ir.Value, levels: Sequence[Level[ir.Value]], sets: int = 4
-) -> list[tuple[ir.Value, ir.Value]]:
-    """Add a `uhd.WindowAttention` node and its body for this number of levels.
+    b: GraphBuilder,
+    position: ir.Value,
+    value: ir.Value,
+    value_moments: ir.Value,
+    levels: Sequence[Level[ir.Value]],
+) -> ir.Value:
+    """Add a `uhd.WindowAttention` node and its body for this number of levels; (B, N, sets, heads * size)."""
+    b.add_function(_body(len(levels)))
+    inputs = [position, value, value_moments, *(part for level in levels for part in level)]
+    return b.op(OP, *inputs, domain=PLUGIN_DOMAIN, levels=len(levels))
 
-    Returns (rows, moments) of each level, as `reference.Mixed`.
-    """
-    b.add_function(_body(len(levels), sets))
-    inputs = [query_position, *(value for level in levels for value in level)]
-    outputs = b.ops(OP, *inputs, domain=PLUGIN_DOMAIN, outputs=2 * len(levels), sets=sets, levels=len(levels))
-    return list(zip(outputs[::2], outputs[1::2], strict=True))
+
+def add_position_scores(
+    b: GraphBuilder, cells: Sequence[tuple[ir.Value, ir.Value]], query_position: ir.Value
+) -> ir.Value:
+    """Nodes for `reference.position_scores`."""
+    outers = [_outer(b, y, x) for y, x in cells]
+    rows = b.op("Concat", *outers, axis=1) if len(outers) > 1 else outers[0]
+    return b.op("MatMul", rows, query_position)
 
 
-def _body(levels: int, sets: int) -> ir.Function:
+def _body(levels: int) -> ir.Function:
     b = GraphBuilder(OP, function=True)
-    position = b.input("query_position")
+    position, value, value_moments = (b.input(name) for name in ("position", "value", "value_moments"))
     inputs = [Level(*(b.input(f"{name}_{i}") for name in Level._fields)) for i in range(levels)]
-    batch, windows, queries = b.dim(inputs[0].features, 0), b.dim(position, 0), b.dim(position, 1)
-    heads = b.op("Div", queries, b.constant([sets]))
+    batch, windows, heads = b.dim(inputs[0].features, 0), b.dim(position, 0), b.dim(value, 1)
     pooled, moments, scores = [], [], []
     for level in inputs:
         rows, extra = _pool_level(b, level)
         pooled.append(rows)
         moments.append(extra)
-        scores.append(_scores(b, level, rows, extra, position))
-    weights = (
-        b.op("Softmax", b.op("Concat", *scores, axis=2), axis=2)
-        if levels > 1
-        else b.op("Softmax", scores[0], axis=2)
-    )
+        scores.append(_scores(b, level, rows, extra))
+    joined = b.op("Concat", *scores, axis=2) if levels > 1 else scores[0]
+    weights = b.op("Softmax", b.op("Add", joined, b.op("Unsqueeze", position, b.constant([1]))), axis=2)
     # (N, B, K, Q) to (heads, N, B, sets, K): heads outermost, so that the value projection is one
     # batched product.
     keys = b.dim(weights, 2)
-    weights = b.op("Reshape", weights, b.concat_shape(windows, batch, keys, heads, sets))
+    weights = b.op("Reshape", weights, b.concat_shape(windows, batch, keys, heads, SETS))
     weights = b.op("Transpose", weights, perm=[3, 0, 1, 4, 2])
+    parts, values, values_moments = (weights,), (value,), (value_moments,)
     if levels > 1:
         lengths = b.op("Concat", *(b.dim(rows, 2) for rows in pooled), axis=0)
         parts = b.ops("Split", weights, lengths, axis=4, outputs=levels)
-    else:
-        parts = (weights,)
-    for i, (part, rows, extra) in enumerate(zip(parts, pooled, moments, strict=True)):
-        b.output(b.op("MatMul", part, rows), f"rows_{i}")
-        b.output(b.op("MatMul", part, extra), f"moments_{i}")
-    return b.function([ir.Attr(n, ir.AttributeType.INT, v) for n, v in (("sets", sets), ("levels", levels))])
+        values = b.ops("Split", value, axis=0, num_outputs=levels, outputs=levels)
+        values_moments = b.ops("Split", value_moments, axis=0, num_outputs=levels, outputs=levels)
+    sums: list[ir.Value] = []  # (heads, N * B * sets, size), one term more each
+    for i in range(levels):
+        for rows, by in ((pooled[i], values[i]), (moments[i], values_moments[i])):
+            mixed = b.op("MatMul", parts[i], rows)
+            flat = b.op("Reshape", mixed, b.concat_shape(heads, -1, b.dim(by, 2)))
+            term = b.op("MatMul", flat, b.op("Squeeze", by, b.constant([0])))
+            sums.append(b.op("Add", sums[-1], term) if sums else term)
+    size = b.dim(value, 3)
+    attended = b.op("Reshape", sums[-1], b.concat_shape(heads, windows, batch, SETS, size))
+    attended = b.op("Transpose", attended, perm=[2, 1, 3, 0, 4])
+    shape = b.concat_shape(batch, windows, SETS, b.op("Mul", heads, size))
+    b.output(b.op("Reshape", attended, shape), "attended")
+    return b.function([ir.Attr("levels", ir.AttributeType.INT, levels)])
 
 
 def _pool(b: GraphBuilder, maps: ir.Value, roi_y: ir.Value, roi_x: ir.Value) -> ir.Value:
@@ -91,10 +107,8 @@ def _pool_level(b: GraphBuilder, level: Level[ir.Value]) -> tuple[ir.Value, ir.V
     return rows, b.op("Concat", pooled_scale, mass, axis=-1)
 
 
-def _scores(
-    b: GraphBuilder, level: Level[ir.Value], rows: ir.Value, extra: ir.Value, query_position: ir.Value
-) -> ir.Value:
-    """Scores (N, B, K, Q) of one level's pooled rows."""
+def _scores(b: GraphBuilder, level: Level[ir.Value], rows: ir.Value, extra: ir.Value) -> ir.Value:
+    """Scores (N, B, K, Q) of one level's pooled rows, but for the positions'."""
     windows, batch, keys = (b.dim(rows, axis) for axis in range(3))
     # All crops of a window in one product: (N, B*K, C) @ (N, C, Q).
     merged = b.op("Reshape", rows, b.concat_shape(windows, -1, b.dim(rows, 3)))
@@ -106,7 +120,4 @@ def _scores(
     )
     merged = b.op("Reshape", extra, b.concat_shape(windows, -1, 2))
     score = b.op("Add", score, b.op("MatMul", merged, other))
-    score = b.op("Reshape", score, b.concat_shape(windows, batch, keys, b.dim(query_position, 1)))
-    cells = _outer(b, level.position_y, level.position_x)
-    position = b.op("MatMul", cells, b.op("Transpose", query_position, perm=[0, 2, 1]))
-    return b.op("Add", score, b.op("Unsqueeze", position, b.constant([1])))
+    return b.op("Reshape", score, b.concat_shape(windows, batch, keys, b.dim(level.query, 2)))

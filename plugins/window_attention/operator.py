@@ -8,15 +8,14 @@ from uhd_export.plugins.launch import Launch, Scratch
 from uhd_export.plugins.operator import Dims, Operator, Shape, ShapeRanges
 from uhd_export.plugins.window_attention.launch import (
     LEVEL_INPUTS,
-    PIXELS,
+    OUTPUTS,
+    SETS,
     LevelShape,
     inputs,
-    outputs,
-    pixels_at_once,
     plan,
 )
 
-RANKS = (4, 3, 3, 3, 3, 3, 3, 2, 2)  # of `launch.LEVEL_INPUTS`
+RANKS = (4, 3, 3, 3, 3, 2, 2)  # of `launch.LEVEL_INPUTS`
 
 
 class WindowAttentionOperator(Operator):
@@ -24,96 +23,83 @@ class WindowAttentionOperator(Operator):
 
     name = "WindowAttention"
     folder = "window_attention"
-    attributes: Mapping[str, int | None] = {"sets": 4, "levels": None}
+    attributes: Mapping[str, int | None] = {"levels": None}
 
     def inputs(self, attributes: Mapping[str, int]) -> tuple[str, ...]:
-        """query_position, then nine a level."""
+        """Position scores and values, then seven a level."""
         return inputs(attributes["levels"])
 
     def outputs(self, attributes: Mapping[str, int]) -> tuple[str, ...]:
-        """Rows and moments of each level."""
-        return outputs(attributes["levels"])
+        """One."""
+        return OUTPUTS
 
     def ranks(self, attributes: Mapping[str, int]) -> tuple[int, ...]:
-        """Three for query_position, then RANKS."""
-        return (3, *RANKS * attributes["levels"])
+        """Of the three that levels share, then RANKS."""
+        return (3, 4, 4, *RANKS * attributes["levels"])
 
     def fixed(self, attributes: Mapping[str, int]) -> Iterable[tuple[str, int]]:
-        """Windows, queries and channels."""
-        return [("query_position", 0), ("query_position", 1), ("features_0", 3), ("roi_y_0", 0)]
+        """Windows, channels, heads and their size."""
+        return [("position", 0), ("features_0", 3), ("roi_y_0", 0), ("value", 1), ("value", 3)]
 
     def output_shapes(
         self, shapes: Mapping[str, Sequence[Any]], attributes: Mapping[str, int], dims: Dims
     ) -> list[list[Any]]:
-        """(heads, N, B, sets, C) and (heads, N, B, sets, 2) of each level."""
-        windows, queries, _ = shapes["query_position"]
-        batch, _, _, channels = shapes["features_0"]
-        sets = dims.constant(attributes["sets"])
-        shape = [dims.quotient(queries, sets), windows, batch, sets]
-        return [[*shape, last] for _ in range(attributes["levels"]) for last in (channels, dims.constant(2))]
+        """(B, N, sets, heads * size)."""
+        _, heads, _, size = shapes["value"]
+        sets = dims.constant(SETS)
+        return [[shapes["features_0"][0], shapes["position"][0], sets, dims.product(heads, size)]]
 
     def plan(
-        self,
-        shapes: Mapping[str, Shape],
-        attributes: Mapping[str, int],
-        dtype: str,
-        pixels: int | None = None,
-    ) -> tuple[tuple[Launch, ...], Scratch]:
-        """From the maps' and RoI matrices' shapes; `pixels` as in `launch.plan`."""
+        self, shapes: Mapping[str, Shape], attributes: Mapping[str, int], dtype: str
+    ) -> tuple[tuple[Launch, ...], tuple[Scratch, ...]]:
+        """From the shapes of the maps, the RoI matrices and the values."""
         batch, _, _, channels = shapes["features_0"]
+        _, heads, _, size = shapes["value"]
         return plan(
-            _levels(shapes, attributes),
+            [
+                LevelShape(*shapes[f"features_{i}"][1:3], shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1])
+                for i in range(attributes["levels"])
+            ],
             batch=batch,
             side=shapes["roi_y_0"][0],
-            queries=shapes["query_position"][1],
-            sets=attributes["sets"],
+            heads=heads,
+            size=size,
             channels=channels,
             dtype=dtype,
-            pixels=pixels,
         )
 
     def variants(self, shapes: ShapeRanges, attributes: Mapping[str, int], dtype: str) -> Iterable[Launch]:
-        """Kernels differ in the pixels that they take at a time, which grow with the map."""
-        side = shapes.max["roi_y_0"][0]
-        first, last = (
-            choose(pixels_at_once(level, side, dtype) for level in _levels(end, attributes))
-            for choose, end in ((min, shapes.min), (max, shapes.max))
-        )
-        steps = (step for step in PIXELS if first <= step <= last)
-        return [launch for step in steps for launch in self.plan(shapes.max, attributes, dtype, step)[0]]
+        """The same four kernels serve all shapes."""
+        launches, _ = self.plan(shapes.max, attributes, dtype)
+        return {launch.kernel: launch for launch in launches}.values()
 
     def expected(
         self, shapes: Mapping[str, Sequence[int | None]], attributes: Mapping[str, int]
     ) -> dict[str, tuple[int | None, ...]]:
         """Levels share crops, channels and windows; matrices fit their level's map."""
-        windows, queries, _ = shapes["query_position"]
+        windows, _, queries = shapes["position"]
         side = None if windows is None else math.isqrt(windows)
+        heads = None if queries is None else queries // SETS
         batch, _, _, channels = shapes["features_0"]
-        expected: dict[str, tuple[int | None, ...]] = {
-            "query_position": (side and side * side, queries, windows)
-        }
-        for i in range(attributes["levels"]):
+        levels, size = attributes["levels"], shapes["value"][3]
+        expected: dict[str, tuple[int | None, ...]] = {}
+        total: int | None = 0
+        for i in range(levels):
             _, height, width, _ = shapes[f"features_{i}"]
             bins_y, bins_x = shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1]
+            total = None if None in (total, bins_y, bins_x) else total + bins_y * bins_x  # type: ignore
             level = (
                 (batch, height, width, channels),
                 (batch, height, width),
                 (side, bins_y, height),
                 (side, bins_x, width),
-                (side, bins_y, side),
-                (side, bins_x, side),
                 (windows, channels, queries),
                 (windows, queries),
                 (windows, queries),
             )
             expected |= {f"{name}_{i}": shape for name, shape in zip(LEVEL_INPUTS, level, strict=True)}
-        return expected
-
-
-def _levels(shapes: Mapping[str, Shape], attributes: Mapping[str, int]) -> list[LevelShape]:
-    """Height, width and bins of every level."""
-    levels = []
-    for i in range(attributes["levels"]):
-        _, height, width, _ = shapes[f"features_{i}"]
-        levels.append(LevelShape(height, width, shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1]))
-    return levels
+        return expected | {
+            "position": (side and side * side, total, heads and SETS * heads),
+            "value": (levels, heads, channels, size),
+            "value_moments": (levels, heads, 2, size),
+        }

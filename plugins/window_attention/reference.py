@@ -1,10 +1,11 @@
-"""Window attention over pooled rows in plain PyTorch: what the fused kernel must equal.
+"""Window attention over pooled rows in plain PyTorch: what the fused kernels must equal.
 
 The Hiwin projector, folded (docs: exact folding), attends in each window from `Q = heads * sets`
 queries to the pooled rows of all levels. Letters in shapes: B crops, N = side^2 windows, K bins of a
 window at one level, C vision channels, Q queries with the head as the slow axis.
 """
 
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,18 +20,9 @@ class Level(NamedTuple, Generic[T]):
     scale: T  # (B, H, W): the LayerNorm's scalar of each pixel
     roi_y: T  # (side, bins_y, H)
     roi_x: T  # (side, bins_x, W)
-    position_y: T  # (side, bins_y, side)
-    position_x: T  # (side, bins_x, side)
     query: T  # (N, C, Q): folded queries against scaled features
     query_scale: T  # (N, Q): against the pooled scale
     query_mass: T  # (N, Q): against the pooled constant one
-
-
-class Mixed(NamedTuple):
-    """One level's share of the attention's output."""
-
-    rows: torch.Tensor  # (heads, N, B, sets, C): mixed scaled features
-    moments: torch.Tensor  # (heads, N, B, sets, 2): mixed scale and mixed mass
 
 
 def pool(features: torch.Tensor, roi_y: torch.Tensor, roi_x: torch.Tensor) -> torch.Tensor:
@@ -44,14 +36,28 @@ def outer(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ipa,jqb->ijpqab", y, x).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
-def window_attention(
-    levels: list[Level[torch.Tensor]], query_position: torch.Tensor, sets: int = 4
-) -> list[Mixed]:
-    """Attend in every window over all levels' pooled rows; one softmax over their concatenation.
+def position_scores(
+    cells: Sequence[tuple[torch.Tensor, torch.Tensor]], query_position: torch.Tensor
+) -> torch.Tensor:
+    """Scores (N, K of all levels, Q) of the pooled position table, from each level's (side, bins, side) pair.
 
-    `query_position` (N, Q, side^2) scores the position table's cells. The score of a row is
-    query . pooled(scale * features) + query_scale * pooled(scale) + query_mass * mass + position,
-    mass being the pooled constant one (1 except where samples fall outside the map).
+    `query_position` (N, side^2, Q) scores the table's cells. The same for all crops of a shape.
+    """
+    return torch.cat([outer(y, x) for y, x in cells], 1) @ query_position
+
+
+def window_attention(
+    levels: Sequence[Level[torch.Tensor]],
+    position: torch.Tensor,
+    value: torch.Tensor,
+    value_moments: torch.Tensor,
+) -> torch.Tensor:
+    """Attend in every window over all levels' pooled rows, (B, N, sets, heads * size); one softmax for all.
+
+    The score of a row is query . pooled(scale * features) + query_scale * pooled(scale) + query_mass * mass +
+    position (N, K of all levels, Q), mass being the pooled constant one (1 except where samples fall outside
+    the map). What a head mixes is multiplied by its `value` (levels, heads, C, size), the mixed scale and
+    mass by `value_moments` (levels, heads, 2, size).
     Source: paper section 3.3, equations of the folding in `uhd_export.model.folding`.
     """
     rows, extras, scores = [], [], []
@@ -60,18 +66,18 @@ def window_attention(
         scale = pool(level.scale[..., None], level.roi_y, level.roi_x)[..., 0]
         mass = outer(level.roi_y.sum(-1, keepdim=True), level.roi_x.sum(-1, keepdim=True))[..., 0]
         mass = mass[:, None].expand_as(scale)
-        position = torch.einsum("nqt,nkt->nkq", query_position, outer(level.position_y, level.position_x))
-        score = torch.einsum("nbkc,ncq->nbkq", pooled, level.query) + position[:, None]
+        score = torch.einsum("nbkc,ncq->nbkq", pooled, level.query)
         score = score + scale[..., None] * level.query_scale[:, None, None]
         score = score + mass[..., None] * level.query_mass[:, None, None]
         rows.append(pooled)
         extras.append(torch.stack([scale, mass], -1))
         scores.append(score)
-    weights = torch.cat(scores, 2).softmax(2).unflatten(-1, (-1, sets))  # (N, B, K, heads, sets)
-    out, start = [], 0
-    for pooled, extra in zip(rows, extras, strict=True):
-        part = weights[:, :, start : start + pooled.shape[2]]
-        start += pooled.shape[2]
-        mixed = (torch.einsum("nbkhs,nbkc->hnbsc", part, value) for value in (pooled, extra))
-        out.append(Mixed(*mixed))
-    return out
+    weights = (torch.cat(scores, 2) + position[:, None]).softmax(2)  # (N, B, K, Q)
+    weights = weights.unflatten(-1, (value.shape[1], -1))  # (N, B, K, heads, sets)
+    parts = weights.split([pooled.shape[2] for pooled in rows], 2)
+    attended = torch.zeros((), dtype=value.dtype, device=value.device)
+    for part, pooled, extra, by_row, by_moment in zip(parts, rows, extras, value, value_moments, strict=True):
+        for inner, by in ((pooled, by_row), (extra, by_moment)):
+            mixed = torch.einsum("nbkhs,nbkc->hnbsc", part, inner)
+            attended = attended + torch.einsum("hnbsc,hcd->bnshd", mixed, by)
+    return attended.flatten(-2)

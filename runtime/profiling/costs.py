@@ -167,7 +167,7 @@ def _folded_hiwin(grids: Sequence[Grid], config: ProjectorConfig, grid_mode: str
     """The exact folding: norms and pooling in vision channels, projection after the mixing."""
     c, d, side = config.vision_hidden, config.hidden, config.side
     windows, queries, levels = side**2, QUERY_SETS * config.heads, len(config.levels)
-    norm_rank = min(d, c + 1)
+    norm_rank = min(d, c)
     crops = len(grids)
     norm, pooling, position = Cost(), Cost(), Cost()
     for scale in config.levels:
@@ -178,8 +178,8 @@ def _folded_hiwin(grids: Sequence[Grid], config: ProjectorConfig, grid_mode: str
             tall = _product(side * bins_y, scale * rows, scale * cols * c, count)
             wide = _product(side * bins_x, scale * cols, c, count * side * bins_y)
             pooling += tall + wide
-            # Depends on the shape alone: once for all crops of a shape.
-            position += _product(bins_y * bins_x, windows, queries, windows)
+        # Depends on the shape alone: once for all crops of a shape.
+        position += _product(keys_per_window((rows, cols), config, grid_mode), windows, queries, windows)
     keys = sum(keys_per_window(grid, config, grid_mode) for grid in grids)
     outputs = windows * crops
     vectors = windows * queries

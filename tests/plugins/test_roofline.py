@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uhd_export.plugins import roofline
-from uhd_export.plugins.roofline import Device, floor, jbu_cost, note, window_cost
+from uhd_export.plugins.roofline import Device, floor, jbu_cost, note, window_cost, window_kernels
 from uhd_export.plugins.window_attention.launch import LevelShape
 from uhd_export.runtime.profiling.costs import Cost
 
@@ -21,9 +21,17 @@ def test_jbu_by_hand():
 
 def test_window_attention_by_hand():
     # One window of 2x2 pixels and a bin: four samples' weights on four pixels.
-    cost = window_cost([LevelShape(2, 2, 1, 1)], batch=3, side=1, queries=8, channels=10)
-    assert cost.flops == 2 * 3 * 4 * 10 + 2 * 2 * 3 * 8 * 10
-    assert cost.elements == 3 * 4 * 11 + 8 * 12 + 3 * 8 * 12 + 8
+    sizes = {"batch": 3, "side": 1, "heads": 2, "size": 5, "channels": 10}
+    cost = window_cost([LevelShape(2, 2, 1, 1)], **sizes)
+    values = 2 * 3 * 4 * 10 * 2 * 5  # four query sets
+    assert cost.flops == 2 * 3 * 4 * 10 + 2 * 2 * 3 * 8 * 10 + values
+    assert cost.elements == 3 * 4 * 11 + 8 + 8 * 12 + 10 * 12 + 3 * 4 * 10
+    kernels = window_kernels([LevelShape(2, 2, 1, 1)], **sizes)
+    assert sum(kernel.flops for kernel in kernels.values()) == cost.flops
+    # Pooled rows are written, and read for scores and values, their scale and mass in float32; scores as well
+    # are written and read three times, by the softmax in place.
+    buffers = 3 * (3 * 10 + 2 * 3 * 2) + 2 * 4 * 3 * 8
+    assert sum(kernel.elements for kernel in kernels.values()) == cost.elements + buffers
 
 
 def test_floor_is_the_slower_of_memory_and_arithmetic():
@@ -39,8 +47,12 @@ def test_image_is_seven_crops():
     assert cost["JBU"].elements == pytest.approx(
         (6 * 576 + 551) * (1024 * (1 + 4 + 4 + 16) + 3 * 20), rel=1e-9
     )
-    rows = 3 * 7 * 144 * 128 * 1024  # mixed rows of three levels and seven crops
-    assert 0.6 < rows / cost["WindowAttention"].elements < 0.7
+    # Six crops share their queries and values, the overview has its own: three levels each.
+    parameters = 2 * 3 * (144 * 128 * 1026 + 4096 * 1026)
+    assert 0.5 < parameters / cost["WindowAttention"].elements < 0.6
+    # The mixed rows of three levels and seven crops, 793 MB, pass through no memory.
+    mixed = 3 * 7 * 144 * 128 * 1024
+    assert sum(kernel.elements for kernel in roofline.image_kernels().values()) < 0.9 * mixed
 
 
 @pytest.mark.parametrize(("op", "folder"), [("JBU", "jbu"), ("WindowAttention", "window_attention")])
@@ -68,7 +80,7 @@ def test_benchmark_refuses_without_a_gpu(kernels_benchmark, monkeypatch):
 def test_benchmark_checks_before_it_measures(kernels_benchmark, monkeypatch):
     made = [
         kernels_benchmark.jbu_case(1, 2, 3, 8, torch.float32, "cpu"),
-        kernels_benchmark.window_case(1, 2, 3, 8, 8, 2, torch.float32, "cpu"),
+        kernels_benchmark.window_case(1, 2, 3, 8, 2, 4, 2, torch.float32, "cpu"),
     ]
     monkeypatch.setattr(kernels_benchmark, "milliseconds", lambda call, repeats: {"median": 2.0})
     monkeypatch.setattr("torch.compile", lambda function, **_: function)

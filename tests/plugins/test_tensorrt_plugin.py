@@ -17,7 +17,7 @@ from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.plugins.jbu import kernel as jbu_kernel
 from uhd_export.plugins.jbu.onnx_op import add_jbu
 from uhd_export.plugins.jbu.torch_op import jbu
-from uhd_export.plugins.launch import Launch
+from uhd_export.plugins.launch import Launch, Scratch
 from uhd_export.plugins.tensorrt import driver as gpu
 from uhd_export.plugins.tensorrt import runner
 from uhd_export.plugins.tensorrt.plugin import VERSION, errors, register
@@ -63,23 +63,22 @@ def jbu_graph(dtype="float32", *, weights=None, guidance_dtype=None):
 def window_graph(dtype="float32", levels=2, attribute=True):
     """A graph of one uhd.WindowAttention node over a crop of 3x4 patches, and its profile."""
     b, kind = GraphBuilder("window"), KINDS[dtype]
-    query_position, tensors = window_inputs(1, 3, 4, (1, 2)[:levels], "selective", 2, CHANNELS, 2)
-    named = dict(zip(window_names(levels), (query_position, *tensors), strict=True))
+    *shared, tensors = window_inputs(1, 3, 4, (1, 2)[:levels], "selective", 2, CHANNELS, 2)
+    named = dict(zip(window_names(levels), (*shared, *tensors), strict=True))
     values = {}
     for name, tensor in named.items():
-        if "query" in name:
+        if name.startswith(("query", "value")):
             array = tensor.numpy()
             values[name] = b.weight(name, array.shape, kind, lambda array=array: array)
         else:
             shape = ("b", *tensor.shape[1:]) if name.startswith(("features", "scale")) else tensor.shape
             values[name] = b.input(name, kind, shape)
     made = [Level(*(values[f"{field}_{i}"] for field in Level._fields)) for i in range(levels)]
-    for i, (rows, moments) in enumerate(add_window_attention(b, values["query_position"], made)):
-        b.output(rows, f"out_rows_{i}", kind, (2, 4, "b", 4, CHANNELS))
-        b.output(moments, f"out_moments_{i}", kind, (2, 4, "b", 4, 2))
+    shared = (values[name] for name in window_names(levels)[:3])
+    b.output(add_window_attention(b, *shared, made), "out", kind, ("b", 4, 4, 2 * 16))
     profile = {}
     for name, tensor in named.items():
-        if "query" not in name:
+        if not name.startswith(("query", "value")):
             free = name.startswith(("features", "scale"))
             profile[name] = [
                 (batch, *tensor.shape[1:]) if free else tuple(tensor.shape) for batch in (1, 2, 3)
@@ -172,13 +171,14 @@ def test_window_attention_builds_with_its_kernels_inside(trt, levels):
     b, profile = window_graph("float16", levels)
     builder, network, _parser = parse(trt, proto(b))
     assert layer_types(network).count("PLUGIN_V3") == 1
-    assert network.num_outputs == 2 * levels
-    assert [tuple(network.get_output(i).shape) for i in range(2)] == [
-        (2, 4, -1, 4, CHANNELS),
-        (2, 4, -1, 4, 2),
-    ]
+    assert tuple(network.get_output(0).shape) == (-1, 4, 4, 2 * 16)
     kernels = packed_kernels(build(trt, builder, network, profile, ("8.9",)))
-    assert {kernel["name"] for kernel in kernels.values()} == {"window_scores", "window_mixing"}
+    assert {kernel["name"] for kernel in kernels.values()} == {
+        "window_pool",
+        "window_scores",
+        "window_softmax",
+        "window_values",
+    }
 
 
 def plugin_being_built(trt, name, attributes, least, most, dtype="float32"):
@@ -213,6 +213,14 @@ class InterpretingDriver:
         self.tensors = {tensor.data_ptr(): tensor for tensor in tensors}
         self.number, self.loaded, self.launches = capability, 0, []
 
+    def tensor(self, pointer, kind):
+        """The tensor that begins there, or what of the workspace, the last one, begins there."""
+        if pointer in self.tensors:
+            return self.tensors[pointer]
+        workspace = list(self.tensors.values())[-1]
+        rest = workspace[(pointer - workspace.data_ptr()) // 4 :]
+        return rest.view(getattr(torch, kind))
+
     def capability(self):
         return self.number
 
@@ -226,7 +234,7 @@ class InterpretingDriver:
     def launch(self, function, grid, threads, shared, stream, pointers, integers, nulls):
         name, _, kinds, constants = function
         assert nulls == 2 and stream == 99 and threads in (128, 256)
-        tensors = [self.tensors[pointer] for pointer in pointers]
+        tensors = [self.tensor(pointer, kind) for pointer, kind in zip(pointers, kinds, strict=True)]
         assert [str(t.dtype).removeprefix("torch.") for t in tensors] == kinds
         launch = Launch(
             name, grid, tuple(map(str, range(len(tensors)))), tuple(integers), tuple(constants), 4, 1
@@ -280,18 +288,27 @@ def test_a_plugin_runs_while_its_engine_is_built(trt, monkeypatch):
 
 
 def test_window_attention_enqueue_computes_the_reference(trt, monkeypatch):
-    query_position, levels = window_inputs(2, 3, 4, (1, 2), "selective", 2, CHANNELS, 2)
-    inputs = [query_position, *levels]
-    expected = window_attention(query_position, levels, 4)
-    outputs, shapes = [torch.zeros_like(t) for t in expected], [tuple(t.shape) for t in inputs]
-    built, plugin = plugin_on_device(trt, "WindowAttention", {"sets": 4, "levels": 2}, shapes, shapes)
+    *shared, levels = window_inputs(2, 3, 4, (1, 2), "selective", 2, CHANNELS, 2)
+    inputs, expected = [*shared, *levels], window_attention(*shared, levels)
+    output, shapes = torch.zeros_like(expected), [tuple(t.shape) for t in inputs]
+    built, plugin = plugin_on_device(trt, "WindowAttention", {"levels": 2}, shapes, shapes)
     tensors = [types.SimpleNamespace(desc=types.SimpleNamespace(type=trt.float32), max=s) for s in shapes]
-    workspace = torch.zeros(built.get_workspace_size(tensors, []) // 4)
-    driver = InterpretingDriver(plugin.kernels, [*inputs, *outputs, workspace])
+    workspace = torch.full((built.get_workspace_size(tensors, []) // 4,), torch.nan)
+    driver = InterpretingDriver(plugin.kernels, [*inputs, output, workspace])
     monkeypatch.setattr(runner, "open_driver", lambda: driver)
-    enqueue(trt, plugin, driver, inputs, outputs, workspace)
-    for actual, wanted in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
+    enqueue(trt, plugin, driver, inputs, [output], workspace)
+    assert driver.launches == [
+        *2 * ["window_pool"],
+        *2 * ["window_scores"],
+        "window_softmax",
+        "window_values",
+    ]
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scratch_buffers_lie_apart_in_the_workspace():
+    buffers = (Scratch("a", 3, "float16"), Scratch("b", 100), Scratch("c", 1, "bfloat16"))
+    assert runner.layout(buffers) == ({"a": 0, "b": 256, "c": 768}, 1024)
 
 
 def test_other_gpu_and_other_shapes_are_refused(trt, monkeypatch):

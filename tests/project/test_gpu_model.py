@@ -23,6 +23,9 @@ def test_each_device_has_every_stage_and_says_that_nothing_was_measured(predicti
     for prediction in predictions:
         assert prediction["what"] == "predicted from counts, not measured"
         assert set(prediction["milliseconds"]) == {"vit", "jbu", "projector", "prefill", "decode"}
+        kernels = prediction["window_attention"]
+        assert set(kernels) == {"window_pool", "window_scores", "window_softmax", "window_values"}
+        assert 0 < sum(kernels.values()) < prediction["milliseconds"]["projector"]
 
 
 def test_decoding_is_weights_and_cache_over_the_bandwidth(predictions):

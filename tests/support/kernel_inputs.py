@@ -40,8 +40,10 @@ def jbu_inputs(batch, height, width, channels, seed=0):
     )
 
 
-def window_inputs(batch, rows, cols, scales, grid_mode, side, channels, heads, roi_rounding="exact", seed=0):
-    """query_position and the flat list of the levels' tensors, in float32."""
+def window_inputs(
+    batch, rows, cols, scales, grid_mode, side, channels, heads, roi_rounding="exact", seed=0, size=16
+):
+    """Position scores, value, value_moments and the flat list of the levels' tensors, in float32."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -51,15 +53,17 @@ def window_inputs(batch, rows, cols, scales, grid_mode, side, channels, heads, r
         rows, cols, levels=scales, grid_mode=grid_mode, side=side, roi_rounding=roi_rounding
     )
     windows, queries = side * side, 4 * heads
-    levels = []
+    levels, keys = [], 0
     for scale in scales:
-        names = (f"{n}_{scale}x_{axis}" for n in ("roi", "window_position") for axis in "yx")
+        roi = [torch.tensor(geometry[f"roi_{scale}x_{axis}"]) for axis in "yx"]
+        keys += roi[0].shape[1] * roi[1].shape[1]
         levels += Level(
             normal(batch, rows * scale, cols * scale, channels),
             normal(batch, rows * scale, cols * scale).abs() + 0.1,
-            *(torch.tensor(geometry[name]) for name in names),
+            *roi,
             normal(windows, channels, queries) * channels**-0.5,
             normal(windows, queries),
             normal(windows, queries),
         )
-    return normal(windows, queries, windows), levels
+    value = normal(len(scales), heads, channels, size) * channels**-0.5
+    return normal(windows, keys, queries), value, normal(len(scales), heads, 2, size), levels

@@ -7,7 +7,7 @@ from uhd_export.graph.weights import Weights
 from uhd_export.model.folding import FoldedLevel, FoldedProjector
 from uhd_export.model.projector import LN_EPS, QUERY_SETS
 from uhd_export.plugins.graph import GraphBuilder
-from uhd_export.plugins.window_attention.onnx_op import add_window_attention
+from uhd_export.plugins.window_attention.onnx_op import add_position_scores, add_window_attention
 from uhd_export.plugins.window_attention.reference import Level
 from uhd_export.runtime.config import HEAD_SIZE, ProjectorConfig
 
@@ -23,31 +23,23 @@ def emit_folded(
     geometry: Geometry,
 ) -> ir.Value:
     """(B, N, D) tokens from the raw JBU maps, by the folded weights."""
-    inputs = []
+    inputs, cells = [], []
     for scale, level in zip(folded.scales, folded.levels, strict=True):
         name = f"folded.{scale}x."
         roi = geometry[f"roi_{scale}x_y"], geometry[f"roi_{scale}x_x"]
-        position = geometry[f"window_position_{scale}x_y"], geometry[f"window_position_{scale}x_x"]
+        cells.append((geometry[f"window_position_{scale}x_y"], geometry[f"window_position_{scale}x_x"]))
         queries = (weights.array(name + n, getattr(level, n)) for n in ("query", "query_scale", "query_mass"))
         pixel_scale = _pixel_scale(b, config, level, weights, name, maps[scale])
-        inputs.append(Level(maps[scale], pixel_scale, *roi, *position, *queries))
-    mixed = add_window_attention(b, weights.array("folded.query_position", folded.query_position), inputs)
-
-    sums: list[ir.Value] = []  # (heads, N, B, sets, head size), one term more each
-    for scale, level, (rows, moments) in zip(folded.scales, folded.levels, mixed, strict=True):
-        for part, value in ((rows, "value"), (moments, "value_moments")):
-            tensor = getattr(level, value)
-            flat = b.op("Reshape", part, b.constant([config.heads, -1, tensor.shape[1]]))
-            term = b.op("MatMul", flat, weights.array(f"folded.{scale}x.{value}", tensor))
-            sums.append(b.op("Add", sums[-1], term) if sums else term)
-    attended = sums[-1]
-    windows, sets = config.side**2, len(QUERY_SETS)
-    attended = b.reshape(attended, [config.heads, windows, -1, sets, HEAD_SIZE])
-    attended = b.op("Transpose", attended, perm=[2, 1, 3, 0, 4])
-    attended = b.reshape(attended, [-1, windows, sets, config.hidden])
+        inputs.append(Level(maps[scale], pixel_scale, *roi, *queries))
+    position, value, value_moments = (
+        weights.array(f"folded.{name}", getattr(folded, name))
+        for name in ("query_position", "value", "value_moments")
+    )
+    position = add_position_scores(b, cells, position)
+    attended = add_window_attention(b, position, value, value_moments, inputs)
     attended = b.op("Add", attended, weights.array("folded.value_bias", folded.value_bias))
     x = _affine(weights, attended, folded, "out")
-    x = b.reshape(_standardise(b, weights, x, config), [0, 0, sets * config.hidden])
+    x = b.reshape(_standardise(b, weights, x, config), [0, 0, len(QUERY_SETS) * config.hidden])
     x = _standardise(b, weights, _affine(weights, x, folded, "cat"), config)
     return _affine(weights, x, folded, "proj")
 
@@ -60,7 +52,11 @@ def _pixel_scale(
     if weights.dtype != ir.DataType.FLOAT:
         x = b.op("Cast", x, to=ir.DataType.FLOAT)
     length = b.op("ReduceSumSquare", x, b.constant([-1]), keepdims=0)
-    mean = b.op("Add", b.op("Div", length, b.constant(float(config.hidden))), b.constant(LN_EPS))
+    mean = b.op(
+        "Add",
+        b.op("Div", length, b.constant(float(config.hidden))),
+        b.constant(level.norm_rest / config.hidden + LN_EPS),
+    )
     scale = b.op("Reciprocal", b.op("Sqrt", mean))
     return scale if weights.dtype == ir.DataType.FLOAT else b.op("Cast", scale, to=weights.dtype)
 

@@ -8,7 +8,6 @@ has mixed them. Queries are parameters: each becomes one vector a window, head a
 are folded in float64. Derivation: docs/folding.md.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,20 +18,20 @@ from uhd_export.model.jbu import JbuStack
 from uhd_export.model.projector import LN_EPS, QUERY_SETS, HiwinProjector
 from uhd_export.model.vit import Geometry
 from uhd_export.plugins.jbu.reference import FIXUP
-from uhd_export.plugins.window_attention.reference import Level, Mixed, window_attention
+from uhd_export.plugins.window_attention.reference import Level, position_scores, window_attention
 
 
 @dataclass(frozen=True)
 class FoldedLevel:
     """One level's folded weights; letters as in uhd_export.plugins.window_attention.reference."""
 
-    norm_weight: torch.Tensor  # (C, R): features to the vector whose length is the LayerNorm's
+    # (C, R), R <= C: features to the vector whose squared length, with `norm_rest`, is the LayerNorm's.
+    norm_weight: torch.Tensor
     norm_bias: torch.Tensor  # (R,)
+    norm_rest: float
     query: torch.Tensor  # (N, C, Q)
     query_scale: torch.Tensor  # (N, Q)
     query_mass: torch.Tensor  # (N, Q)
-    value: torch.Tensor  # (heads, C, head size)
-    value_moments: torch.Tensor  # (heads, 2, head size): of the mixed scale and mass
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class FoldedProjector:
     scales: tuple[int, ...]
     hidden: int
     levels: tuple[FoldedLevel, ...]
-    query_position: torch.Tensor  # (N, Q, side^2)
+    query_position: torch.Tensor  # (N, side^2, Q)
+    value: torch.Tensor  # (levels, heads, C, head size)
+    value_moments: torch.Tensor  # (levels, heads, 2, head size): of the mixed scale and mass
     value_bias: torch.Tensor  # (D,)
     out_weight: torch.Tensor  # (D, D), in x out
     out_bias: torch.Tensor
@@ -82,20 +83,23 @@ def fold(projector: HiwinProjector) -> FoldedProjector:
 
     value_weight = (w_v * gain).unflatten(0, (heads, -1))  # (heads, size, D)
     value_mass = F.linear(shift, w_v).unflatten(0, (heads, -1))
-    levels = []
+    levels, values, moments = [], [], []
     for scale in projector.levels:
         parts = torch.cat(by_level[scale], 1)  # (N, Q, C + 2), the head as the slow axis
         value = (value_weight @ maps[scale]).transpose(1, 2)  # (heads, C + 1, size)
         triangle = torch.linalg.qr(maps[scale], mode="r").R
+        # Only its last column, the bias', reaches below row C.
+        rest, triangle = triangle[maps[scale].shape[1] - 1 :, -1], triangle[: maps[scale].shape[1] - 1]
+        values.append(value[:, :-1].float())
+        moments.append(torch.stack([value[:, -1], value_mass], 1).float())
         levels.append(
             FoldedLevel(
                 norm_weight=triangle[:, :-1].T.float().contiguous(),
                 norm_bias=triangle[:, -1].float(),
+                norm_rest=float(rest.square().sum()),
                 query=parts[..., :-2].transpose(1, 2).contiguous(),
                 query_scale=parts[..., -2].contiguous(),
                 query_mass=parts[..., -1].contiguous(),
-                value=value[:, :-1].float().contiguous(),
-                value_moments=torch.stack([value[:, -1], value_mass], 1).float(),
             )
         )
     sets = len(QUERY_SETS)
@@ -104,7 +108,9 @@ def fold(projector: HiwinProjector) -> FoldedProjector:
         scales=projector.levels,
         hidden=d,
         levels=tuple(levels),
-        query_position=torch.cat(position, 1).float(),
+        query_position=torch.cat(position, 1).transpose(1, 2).float().contiguous(),
+        value=torch.stack(values),
+        value_moments=torch.stack(moments),
         value_bias=b_v.float(),
         out_weight=wide["attn.out_proj.weight"].T.float().contiguous(),
         out_bias=wide["attn.out_proj.bias"].float(),
@@ -131,14 +137,14 @@ def _centred(projector: HiwinProjector, wide: dict[str, torch.Tensor], scale: in
 def pixel_scale(features: torch.Tensor, level: FoldedLevel, hidden: int) -> torch.Tensor:
     """The LayerNorm's scalar s of each pixel, (B, H, W), from (B, H, W, C) features; summed in float32."""
     length = (features @ level.norm_weight + level.norm_bias).float().square().sum(-1)
-    return torch.rsqrt(length / hidden + LN_EPS).to(features.dtype)
+    return torch.rsqrt(length / hidden + (level.norm_rest / hidden + LN_EPS)).to(features.dtype)
 
 
 def folded_tokens(
     folded: FoldedProjector,
     maps: dict[int, torch.Tensor],
     geometry: Geometry,
-    attend: Callable[[list[Level[torch.Tensor]], torch.Tensor, int], list[Mixed]] = window_attention,
+    attend: Callable[..., torch.Tensor] = window_attention,
 ) -> torch.Tensor:
     """(B, N, D) tokens from the raw JBU maps (before the last fix-up).
 
@@ -150,21 +156,15 @@ def folded_tokens(
             pixel_scale(maps[scale], level, folded.hidden),
             geometry[f"roi_{scale}x_y"],
             geometry[f"roi_{scale}x_x"],
-            geometry[f"window_position_{scale}x_y"],
-            geometry[f"window_position_{scale}x_x"],
             level.query,
             level.query_scale,
             level.query_mass,
         )
         for scale, level in zip(folded.scales, folded.levels, strict=True)
     ]
-    mixed = attend(inputs, folded.query_position, len(QUERY_SETS))
-    by_level = [
-        torch.einsum("hnbsc,hcd->bnshd", part.rows, level.value)
-        + torch.einsum("hnbsm,hmd->bnshd", part.moments, level.value_moments)
-        for part, level in zip(mixed, folded.levels, strict=True)
-    ]
-    attended = functools.reduce(torch.add, by_level).flatten(-2) + folded.value_bias
+    cells = [tuple(geometry[f"window_position_{scale}x_{axis}"] for axis in "yx") for scale in folded.scales]
+    position = position_scores(cells, folded.query_position)
+    attended = attend(inputs, position, folded.value, folded.value_moments) + folded.value_bias
     x = F.layer_norm(attended @ folded.out_weight + folded.out_bias, (folded.hidden,), eps=LN_EPS)
     x = F.layer_norm(x.flatten(-2) @ folded.cat_weight + folded.cat_bias, (folded.hidden,), eps=LN_EPS)
     return x @ folded.proj_weight + folded.proj_bias

@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd_export.model.folding import fold, folded_tokens
+from uhd_export.model import folding
+from uhd_export.model.folding import fold, folded_tokens, pixel_scale
+from uhd_export.model.projector import LN_EPS, HiwinProjector
+from uhd_export.runtime.config import ProjectorConfig
 
 
 def relative_error(actual, expected):
@@ -54,3 +57,31 @@ def test_folding_uses_the_last_fixup(golden_model):
         finally:
             fixup.copy_(kept)
     assert relative_error(folded_after, folded_before) > 1e-3
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(64, 256), (256, 128)])
+def test_norm_factor_has_a_row_a_channel(channels, hidden):
+    """Below is a row that is zero but for the bias: its square is a constant. Where D < C there is none."""
+    config = ProjectorConfig("hiwin", hidden, channels, (1, 2, 4), 12)
+    projector, generator = HiwinProjector(config), torch.Generator().manual_seed(0)
+    for parameter in projector.parameters():
+        parameter.data.normal_(std=0.2, generator=generator)
+    wide = {name: p.detach().double() for name, p in projector.named_parameters()}
+    x = torch.randn(50, channels, generator=generator).double()
+    for scale, level in zip(config.levels, fold(projector).levels, strict=True):
+        centred = folding._centred(projector, wide, scale)
+        factor = torch.linalg.qr(centred, mode="r").R
+        rows = min(hidden, channels)
+        assert level.norm_weight.shape == (channels, rows)
+        assert factor.shape[0] == min(hidden, channels + 1) and not factor[channels:, :channels].any()
+        whole = (torch.cat([x, torch.ones(50, 1).double()], 1) @ factor.T).square().sum(1)
+        kept = (x @ factor[:rows, :-1].T + factor[:rows, -1]).square().sum(1)
+        constant = float(factor[channels:, -1].square().sum())
+        assert (constant > 0) == (hidden > channels) and level.norm_rest == constant
+        torch.testing.assert_close(kept + constant, whole, rtol=1e-14, atol=0)
+        # And it is the norm's variance, to the rounding of the weights.
+        variance = (torch.cat([x, torch.ones(50, 1).double()], 1) @ centred.T).square().mean(1)
+        expected = (variance + LN_EPS).rsqrt()
+        torch.testing.assert_close(
+            pixel_scale(x.float(), level, hidden).double(), expected, rtol=1e-5, atol=0
+        )

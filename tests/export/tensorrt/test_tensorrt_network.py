@@ -33,7 +33,7 @@ def parsed(path, profiles, plugins=()):
 
 PLUGINS = {
     "JBU": lambda inputs: jbu.reference(*inputs),
-    "WindowAttention": lambda inputs: window.reference_outputs(inputs[0], inputs[1:]),
+    "WindowAttention": lambda inputs: window.reference_output(*inputs[:3], inputs[3:]),
 }
 
 

@@ -140,12 +140,13 @@ def test_every_part_of_the_folded_projector_is_what_torch_executes(grid, levels)
         "cat": [(windows * n, sets * d, d)],
         "proj": [(windows * n, d, d)],
     }  # fmt: skip
+    keys = sum(math.prod(bin_grid(*grid, scale, "selective")) for scale in levels)
+    expected["position"] += [(windows, keys, windows, heads * sets)]
     for scale in levels:
         (rows, cols), (y, x) = (scale * side for side in grid), bin_grid(*grid, scale, "selective")
         queries = heads * sets
-        expected["norm"] += [(n * rows * cols, c, c + 1)]
+        expected["norm"] += [(n * rows * cols, c, c)]
         expected["pooling"] += [(1, 12 * y, rows, cols * n * c), (1, 12 * y * n * c, cols, 12 * x)]
-        expected["position"] += [(windows, y * x, windows, queries)]
         expected["scores"] += [(windows, n * y * x, c, queries)]
         expected["mixing"] += [(windows * n, queries, y * x, c)]
     parts = flops.projector([grid] * n, config, folded=True)
@@ -216,7 +217,7 @@ def test_weights_of_each_folded_part_equal_the_folded_tensors(levels):
     assert counted == {
         "norm": sum(level.norm_weight.numel() for level in folded.levels),
         "scores": sum(level.query.numel() for level in folded.levels),
-        "value": sum(level.value.numel() for level in folded.levels),
+        "value": folded.value.numel(),
         "out": folded.out_weight.numel(),
         "cat": folded.cat_weight.numel(),
         "proj": folded.proj_weight.numel(),
