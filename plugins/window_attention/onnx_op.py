@@ -51,12 +51,12 @@ def _body(levels: int) -> ir.Function:
     keys = b.dim(weights, 2)
     weights = b.op("Reshape", weights, b.concat_shape(windows, batch, keys, heads, SETS))
     weights = b.op("Transpose", weights, perm=[3, 0, 1, 4, 2])
-    parts, values, values_moments = (weights,), (value,), (value_moments,)
-    if levels > 1:
-        lengths = b.op("Concat", *(b.dim(rows, 2) for rows in pooled), axis=0)
-        parts = b.ops("Split", weights, lengths, axis=4, outputs=levels)
-        values = b.ops("Split", value, axis=0, num_outputs=levels, outputs=levels)
-        values_moments = b.ops("Split", value_moments, axis=0, num_outputs=levels, outputs=levels)
+    lengths = b.op("Concat", *(b.dim(rows, 2) for rows in pooled), axis=0)
+    parts = b.ops("Split", weights, lengths, axis=4, outputs=levels)
+    values, values_moments = (
+        b.ops("Split", tensor, axis=0, num_outputs=levels, outputs=levels)
+        for tensor in (value, value_moments)
+    )
     sums: list[ir.Value] = []  # (heads, N * B * sets, size), one term more each
     for i in range(levels):
         for rows, by in ((pooled[i], values[i]), (moments[i], values_moments[i])):

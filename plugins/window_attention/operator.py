@@ -55,11 +55,12 @@ class WindowAttentionOperator(Operator):
         """From the shapes of the maps, the RoI matrices and the values."""
         batch, _, _, channels = shapes["features_0"]
         _, heads, _, size = shapes["value"]
+        levels = []
+        for i in range(attributes["levels"]):
+            _, height, width, _ = shapes[f"features_{i}"]
+            levels.append(LevelShape(height, width, shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1]))
         return plan(
-            [
-                LevelShape(*shapes[f"features_{i}"][1:3], shapes[f"roi_y_{i}"][1], shapes[f"roi_x_{i}"][1])
-                for i in range(attributes["levels"])
-            ],
+            levels,
             batch=batch,
             side=shapes["roi_y_0"][0],
             heads=heads,

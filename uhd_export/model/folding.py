@@ -162,7 +162,10 @@ def folded_tokens(
         )
         for scale, level in zip(folded.scales, folded.levels, strict=True)
     ]
-    cells = [tuple(geometry[f"window_position_{scale}x_{axis}"] for axis in "yx") for scale in folded.scales]
+    cells = [
+        (geometry[f"window_position_{scale}x_y"], geometry[f"window_position_{scale}x_x"])
+        for scale in folded.scales
+    ]
     position = position_scores(cells, folded.query_position)
     attended = attend(inputs, position, folded.value, folded.value_moments) + folded.value_bias
     x = F.layer_norm(attended @ folded.out_weight + folded.out_bias, (folded.hidden,), eps=LN_EPS)
