@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.engines.base import Array, Engine, Stop, Stopped
-from uhd_export.runtime.language.decoder import EMBEDS, check_finite
+from uhd_export.runtime.language.decoder import check_finite
 from uhd_export.runtime.language.embeddings import EmbeddingTable
-from uhd_export.runtime.language.sequence import PlannedImage, place
 from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.cache.slots import Slots
-from uhd_export.runtime.serving.images.cutting import CutImage
 from uhd_export.runtime.serving.images.encoded import EncodedImages
 from uhd_export.runtime.serving.images.worker import VisionWorker
+from uhd_export.runtime.serving.scheduling.embeddings import PromptEmbeddings
 from uhd_export.runtime.serving.scheduling.generation import Generation
 from uhd_export.runtime.serving.scheduling.queue import Busy, FairQueue
 from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request, Summary
@@ -64,8 +63,8 @@ class Scheduler:
         encoded: EncodedImages,
         limits: Limits,
     ) -> None:
-        self._rows, self._language, self._table = rows, language, table
-        self._tokenizer, self._eos, self._encoded = tokenizer, tuple(eos), encoded
+        self._rows, self._table, self._tokenizer, self._eos = rows, table, tokenizer, tuple(eos)
+        self._embeddings = PromptEmbeddings(language, table, encoded)
         self.limits = limits
         self.listeners: list[Callable[[Summary], None]] = []
         """Told of each answer's end, in the scheduler's thread."""
@@ -233,7 +232,7 @@ class Scheduler:
             start = slot.shared(generation.keys)
             generation.stream.summary.cached_tokens = start
             try:
-                embeds = self._embeds(generation, start)
+                embeds = self._embeddings.of(generation, start)
             except Exception:
                 log.exception("embeddings")
                 self._end(generation, "error")
@@ -324,35 +323,3 @@ class Scheduler:
             self._mean_seconds += 0.2 * (summary.total - self._mean_seconds)
         for listener in self.listeners:
             listener(summary)
-
-    def _embeds(self, generation: Generation, start: int) -> Array:
-        """(S, D) embeddings of the prompt from position `start` on."""
-        images = {image.planned.digest: image for image in generation.request.images}
-        pieces = []
-        for segment in generation.request.sequence.segments:
-            if segment.stop > start:
-                content = segment.content
-                rows = (
-                    self._image_rows(images[content.digest], generation)
-                    if isinstance(content, PlannedImage)
-                    else self._table.rows(content)
-                )
-                pieces.append(rows[max(start - segment.start, 0) :])
-        return self._language.gather(pieces, self._language.inputs[EMBEDS].dtype)
-
-    def _image_rows(self, image: CutImage, generation: Generation) -> Array:
-        """(positions, D) embeddings of an image; kept for who comes next."""
-        if image.rows is not None:
-            return image.rows
-        planned, encoding = image.planned, generation.encodings[image.planned.digest]
-        known = self._encoded.get(planned.digest)
-        if known is not None:
-            return known
-        if encoding.error is not None:
-            raise encoding.error
-        crops = [encoding.tokens[index] for index in range(len(image.crops))]
-        separators = self._table.rows(planned.tokens[planned.source < 0])
-        pieces = place(planned.source, crops, separators)
-        rows = self._language.gather(pieces, self._language.inputs[EMBEDS].dtype)
-        self._encoded.put(planned.digest, rows)
-        return rows
