@@ -90,7 +90,7 @@ def measure_step(folder: Path, threads: int, count: int) -> dict:
     import numpy as np
 
     from uhd_export.runtime.engines.backends import open_engine
-    from uhd_export.runtime.serving.rows import Rows
+    from uhd_export.runtime.serving.cache.rows import Rows
 
     random, seconds, warm = np.random.default_rng(0), [], 3
     with open_engine(folder / "language.onnx", threads=threads, profile=folder / f"step{count}") as engine:
