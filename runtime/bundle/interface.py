@@ -74,7 +74,8 @@ def check_language(engine: Engine, manifest: Manifest) -> None:
         )
     inputs = {EMBEDS: TensorInfo(float_type, (rows, FREE, language.hidden))}
     if WRITE_INDEX in engine.inputs:
-        inputs[WRITE_INDEX] = TensorInfo(np.dtype(np.int64), (1,))
+        inputs[WRITE_INDEX] = TensorInfo(np.dtype(np.int64), (rows,))
+    if VISIBLE in engine.inputs:
         inputs[VISIBLE] = TensorInfo(np.dtype(np.bool_), (FREE,))
     else:
         inputs[SEQUENCE_LENGTHS] = TensorInfo(np.dtype(np.int32), (rows,))

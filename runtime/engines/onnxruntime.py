@@ -279,20 +279,22 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
     """Refuse to share buffers that the session reads or writes elsewhere than on the engine's device.
 
     ONNX Runtime would copy such an input once, when it is bound, and update the copy: every run but the first
-    would start from what it held then, without an error.
+    would start from what it held then, without an error. Integers beside float32 would be copied there and
+    back in every run: the attention that reads them is in float32, for which a GPU has no kernel.
     """
     session, device = engine.session, engine.device
     if device.kind == "cpu":
         return
     places = dict(zip((i.name for i in session.get_inputs()), session.get_input_memory_infos(), strict=True))
     places |= zip((o.name for o in session.get_outputs()), session.get_output_memory_infos(), strict=True)
+    floats = any(info.dtype == np.float32 for info in engine.inputs.values())
     for name in (name for pair in shared.items() for name in pair):
-        place = places[name]
-        if place.name.lower() == device.kind and place.device_id == device.number:
+        place, info = places[name], (engine.inputs | engine.outputs)[name]
+        there = place.name.lower() == device.kind and place.device_id == device.number
+        if there and not (info.dtype == np.int8 and floats):
             continue
-        info = (engine.inputs | engine.outputs)[name]
         remedy = "use --device cpu"
-        if info.dtype in (np.float32, np.int8):  # int8 beside activations in float32
+        if info.dtype in (np.float32, np.int8):
             remedy = "build the bundle with --dtype float16, or use --device cpu"
         raise UhdError(
             f"device {device}: ONNX Runtime has no kernel that updates {name} in {info.dtype} there; {remedy}"

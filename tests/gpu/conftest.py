@@ -3,6 +3,7 @@
 Run by `make test-gpu`, in an environment that has the GPU wheel; elsewhere there is nothing to collect.
 """
 
+import numpy as np
 import onnxruntime
 import pytest
 from support.tiny_language import MODELS, reader, tiny_model
@@ -23,17 +24,23 @@ def cuda():
 
 @pytest.fixture(scope="session")
 def language(tmp_path_factory):
-    """`language(weights)`: the graph of a model of two layers, of float32, float16, or int4 weights."""
+    """`language(weights, cache)`: the graph of a model of two layers, of float32, float16, or int4 weights.
+
+    Its cache is in the type of the activations, or in 8 bits.
+    """
+    from uhd_export.graph.cache import Int8Cache, LayerScales
     from uhd_export.graph.int4.formats import MatMulNBits, RoundedWeights
     from uhd_export.graph.language import emit_language
 
     folder, model = tmp_path_factory.mktemp("graphs"), tiny_model(*MODELS[0])
 
-    def emit(weights):
-        path, dtype = folder / f"{weights}.onnx", "float16" if weights == "int4" else weights
+    def emit(weights, cache=None):
+        path, dtype = folder / f"{weights}-{cache}.onnx", "float16" if weights == "int4" else weights
+        scales = LayerScales(*2 * [np.full((model.config.kv_heads, model.config.head_size), 0.03, "f")])
+        int8 = Int8Cache([scales] * model.config.layers) if cache == "int8" else None
         form = MatMulNBits(RoundedWeights(32)) if weights == "int4" else None
         if not path.exists():
-            emit_language(model.config, reader(model), path, dtype=dtype, linear=form)
+            emit_language(model.config, reader(model), path, dtype=dtype, cache=int8, linear=form)
         return path
 
     return emit

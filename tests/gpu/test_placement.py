@@ -13,6 +13,8 @@ from uhd_export.runtime.language.decoder import Decoder
 
 # What may run on the CPU beside the GPU: arithmetic on shapes.
 SHAPE_ARITHMETIC = {"Add", "Concat", "Div", "Min", "Mul", "Squeeze", "Sub"}
+# Whether a run is a long one.
+CONDITION = {"And", "Equal", "Greater", "Squeeze"}
 
 
 def placement(path, device="cuda") -> dict[str, Counter]:
@@ -48,6 +50,35 @@ def test_a_cache_that_no_kernel_updates_is_refused_at_the_first_step(language):
 @pytest.mark.parametrize("weights", ["float16", "int4"])
 def test_all_of_the_language_model_runs_on_the_gpu(language, weights):
     assert set(placement(language(weights))) == {"CUDAExecutionProvider"}
+
+
+def test_an_8_bit_cache_stays_on_the_gpu_in_steps_and_in_long_runs(language, cuda):
+    counts = placement(language("int4", "int8"))
+    assert set(counts["CPUExecutionProvider"]) <= CONDITION
+    assert counts["CUDAExecutionProvider"]["TensorScatter"] == 4  # keys and values of two layers
+    with open_engine(language("int4", "int8"), device="cuda") as engine:
+        engine.updates_in_place = True  # kernels here compute nothing
+        decoder = Decoder(engine, 4096)
+        for run, kernel in (
+            (lambda: decoder.prefill(embeddings(40)), "TensorScatter"),
+            (lambda: decoder.step(embeddings(1)[0, 0]), "UnpackRoPEAppend"),
+        ):
+            run()
+            with cuda.counting() as counted, cuda.logging() as lines:
+                run()
+            assert sum(kernel in line for line in lines) == (4 if kernel == "TensorScatter" else 2)
+            # What is fresh and what is in use; never the whole cache.
+            assert counted["d2d_bytes"] + counted["h2d_bytes"] + counted["d2h_bytes"] < decoder.kv_bytes / 4
+
+
+def test_an_8_bit_cache_beside_float32_is_refused_with_the_remedy(language):
+    with (
+        open_engine(language("float32", "int8"), device="cuda") as engine,
+        pytest.raises(
+            UhdError, match=r"^device cuda: .* in int8 there; build the bundle with --dtype float16"
+        ),
+    ):
+        Decoder(engine, 96)
 
 
 def test_all_of_vision_but_shapes_runs_on_the_gpu_without_cudnn(vision):

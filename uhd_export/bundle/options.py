@@ -45,7 +45,7 @@ class BuildOptions:
         choice("cache", self.cache, (None, *CACHES))
         if self.engines is not None and self.cache_type != self.precision:
             raise UhdError(
-                f"cache {self.cache}: engines keep keys and values in the type of their activations, "
+                f"cache {self.cache}: TensorRT updates keys and values in the type of its activations, "
                 f"{self.precision}; leave it out, or use --backend onnxruntime"
             )
         if self.inline and self.engines is not None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from uhd_export.graph.cache import CacheFormat, Int8Cache, LayerScales
 from uhd_export.plugins.graph import CONTRIB_DOMAIN, GraphBuilder
 from uhd_export.runtime.config import LanguageConfig
-from uhd_export.runtime.language.decoder import KEY_VALUE
+from uhd_export.runtime.language.decoder import KEY_VALUE, ROWS, WRITE_INDEX
 
 # Runs of more positions attend in float: both ways take as long at about 40, on two cores after 1066.
 LONG_RUN = 32
@@ -127,9 +127,8 @@ class GroupedAttention:
 
     @cached_property
     def _start(self) -> ir.Value:
-        """(1,): where in the cache the run's positions go, where it has one row."""
-        total = self._builder.op("Cast", self._total, to=ir.DataType.INT64)
-        return self._builder.op("Sub", total, self._builder.dim(self._embeds, 1))
+        """(rows,): where in the cache the run's positions go."""
+        return self._builder.input(WRITE_INDEX, ir.DataType.INT64, (ROWS,))
 
     @cached_property
     def _is_long(self) -> ir.Value:

@@ -88,7 +88,7 @@ def test_engines_take_no_other_cache(fails, tmp_path):
         BuildOptions(cache="int4")
     for cache in ("float32", "int8"):
         line = fails("build", "nano", "-o", tmp_path / "out", "--backend", "tensorrt-rtx", "--cache", cache)
-        assert f"cache {cache}: engines keep keys and values in the type of their activations" in line
+        assert f"cache {cache}: TensorRT updates keys and values in the type of its activations" in line
     assert BuildOptions(engines=EngineOptions(), cache="float16").cache_type == "float16"
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ from uhd_export.graph.grouped_attention import LONG_RUN
 from uhd_export.graph.language import emit_language
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.decoder import PAST, SEQUENCE_LENGTHS, TOTAL_LENGTH, Decoder
+from uhd_export.runtime.language.decoder import PAST, SEQUENCE_LENGTHS, TOTAL_LENGTH, WRITE_INDEX, Decoder
 from uhd_export.runtime.serving.cache.rows import Rows
 
 # Of logits, relative, by the type of the cache.
@@ -124,6 +124,7 @@ def test_onnx_reference_computes_the_same_without_a_backend(model, tmp_path):
             "inputs_embeds": embeds[:, start:stop],
             SEQUENCE_LENGTHS: np.array([stop - 1], np.int32),
             TOTAL_LENGTH: np.array(stop, np.int32),
+            WRITE_INDEX: np.array([start]),
         }
         results = dict(zip(session.output_names, session.run(None, feeds | cache), strict=True))
         cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
