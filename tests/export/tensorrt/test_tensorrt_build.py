@@ -378,3 +378,19 @@ def test_records_are_read_strictly(tmp_path):
     path.unlink()
     with pytest.raises(UhdError, match="no record beside it"):
         read_record(tmp_path / "x.engine")
+
+
+def test_only_floating_point_is_written_into_a_cache(tmp_path):
+    """Why `--cache int8` is refused for engines: a cache in 8 bits would have no update in place."""
+    b = GraphBuilder("cache", opset=24)
+    past = b.input("past", ir.DataType.INT8, (1, 2, 8, 4))
+    fresh = b.input("fresh", ir.DataType.INT8, (1, 2, 1, 4))
+    index = b.input("index", ir.DataType.INT64, (1,))
+    updated = b.op("TensorScatter", past, fresh, index, axis=2, mode="linear")
+    b.output(updated, "present", ir.DataType.INT8, (1, 2, 8, 4), direct=True)
+    b.save(tmp_path / "cache.onnx")
+    with pytest.raises(UhdError, match="cache has type Int8 but must have type Float, Half, or BFloat16"):
+        build_engine(
+            tmp_path / "cache.onnx", tmp_path / "cache.engine", [OptimizationProfile("any", {})], ADA
+        )
+    assert not (tmp_path / "cache.engine").exists()
