@@ -25,7 +25,7 @@ QUESTION := What is the code on the red card?
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 8
+	@sed -n '/^# Each/q; s/^# //p' Makefile
 
 $(READY): pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
