@@ -209,6 +209,7 @@ def _sequences(golden, tokenizer, pairs, options):
     return build_sequences(checkpoint, config, settings, tokenizer, pairs, options, lambda done, total: None)
 
 
+@pytest.mark.slow
 def test_sequences_are_what_the_model_sees(golden, golden_model, tokenizer):
     pairs = _pairs(6)
     options = CalibrationOptions(samples=4, held_out=1, length=400, seed=3)

@@ -109,6 +109,7 @@ def test_eval_counts_exact_answers(call, golden_bundle, monkeypatch):
     assert call("eval", golden_bundle, "--count", 2).stdout.startswith("1 of 2 answers exact: 50.0%")
 
 
+@pytest.mark.slow
 def test_profile_as_json(call, golden_bundle):
     options = ["--size", "200x150", "--repeats", 1, "--tokens", 2, "--grid", "fix", "--threads", 1]
     facts = json.loads(call("profile", golden_bundle, *options, "--json").stdout)
@@ -169,6 +170,7 @@ def test_sigterm_ends_a_conversation(asked):
     assert running.stderr.read() == f"error: {STOPPED}\n"
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing(spoken_checkpoint, tmp_path):
     def limit():
         # Writing past this size fails as on a full disk, at any place in any library.
@@ -230,6 +232,7 @@ def test_files_are_checked_where_torch_is_not_installed(golden_bundle, tmp_path)
     assert "SHA-256 as recorded" in done.stdout and done.stdout.endswith(f"parity not measured: {remedy}")
 
 
+@pytest.mark.slow
 def test_answers_without_torch_and_without_a_terminal(golden_bundle, image_file, tmp_path):
     # A torch that cannot be imported stands for a device without one.
     for name in ("torch", "transformers", "onnx", "safetensors"):

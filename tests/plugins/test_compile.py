@@ -24,6 +24,7 @@ def small_request(capability=89, **changes):
     return dataclasses.replace(request, **changes)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_at_real_size():
     rows = report.report(["float16"])
     assert {row["sm"] for row in rows} == set(aot.TARGETS)
@@ -43,6 +44,7 @@ def test_every_kernel_compiles_for_every_target_at_real_size():
             assert 2 * row["shared"] <= SHARED[row["sm"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_other_types_fit_small_gpus(dtype):
     assert all(row["shared"] <= SHARED[89] for row in report.report([dtype], [89]))

@@ -134,6 +134,7 @@ def packed_kernels(engine):
     raise AssertionError("no kernels in the engine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_jbu_builds_with_its_kernels_inside(trt, dtype):
     capabilities = ("8.6", "8.9") if dtype == "float16" else ("8.9",)
@@ -287,6 +288,7 @@ def test_a_plugin_runs_while_its_engine_is_built(trt, monkeypatch):
     torch.testing.assert_close(output, jbu(*inputs), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_window_attention_enqueue_computes_the_reference(trt, monkeypatch):
     *shared, levels = window_inputs(2, 3, 4, (1, 2), "selective", 2, CHANNELS, 2)
     inputs, expected = [*shared, *levels], window_attention(*shared, levels)

@@ -29,6 +29,7 @@ print(json.dumps([*seen, resident_memory()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_images_of_many_shapes_leave_little_behind(golden_bundle):
     command = [sys.executable, "-P", "-c", _SCRIPT, str(golden_bundle)]

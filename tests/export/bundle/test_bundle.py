@@ -39,6 +39,7 @@ def make(spoken_checkpoint, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_bundle_carries_its_evidence(make, tmp_path, spoken_checkpoint):
     manifest = make(verify=True, layout="merged")
     assert manifest == read_manifest(tmp_path / "out")

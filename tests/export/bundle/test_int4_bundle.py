@@ -118,6 +118,7 @@ def test_the_head_of_a_tied_model_is_rounded_and_its_embeddings_are_not(plain, t
     np.testing.assert_array_equal(np.load(out / "embeddings.npy"), table)
 
 
+@pytest.mark.slow
 def test_int8_activations_have_a_wider_limit(plain, tmp_path):
     options = build_options(vision_tower=plain / "clip", weights="int4-rtn")
     manifest = build_bundle(plain, tmp_path / "out", options=options)

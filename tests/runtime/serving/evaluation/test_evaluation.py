@@ -49,6 +49,7 @@ def test_every_score_is_between_0_and_1(answer, expected):
     assert exact(expected[0], expected) == 1
 
 
+@pytest.mark.slow
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     random = np.random.default_rng(0)
     covered = 0

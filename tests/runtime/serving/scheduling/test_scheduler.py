@@ -19,6 +19,7 @@ def tokens(stream) -> list[int]:
     return [chosen.token for piece in stream for chosen in piece.tokens]
 
 
+@pytest.mark.slow
 def test_answers_together_equal_answers_alone(serve, ask, cards, nano_bundle):
     with Pipeline.open(nano_bundle, context=2048) as pipeline:
         alone = ["".join(pipeline.generate(i, q, max_new_tokens=24)) for i, q, _ in cards]
@@ -29,6 +30,7 @@ def test_answers_together_equal_answers_alone(serve, ask, cards, nano_bundle):
     assert {stream.summary.reason for stream in streams} == {"stop"}
 
 
+@pytest.mark.slow
 def test_golden_answers_together_equal_the_pipeline_s(serve, golden_bundle):
     images = [recipe.image(500, 120, 5), recipe.image(1008, 672, 0), recipe.image(336, 336, 3)]
     questions = ["what is this", "and now for something longer than the others", "why"]
