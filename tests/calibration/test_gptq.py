@@ -382,6 +382,7 @@ def test_errors_leave_nothing_behind(source, tmp_path, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "layer"), [(2, 0), (5, 1)])
 def test_a_whole_run_continues_where_it_stopped(source, quantized, tmp_path, monkeypatch, stop, layer):
     out, said = tmp_path / "out", []

@@ -90,6 +90,7 @@ def test_the_language_part_holds_its_tensors_bit_for_bit_and_nothing_else(quanti
     assert not list(language_part.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_quantizing_for_the_language_part_alone_gives_the_same(source, language_part, tmp_path):
     quantize(
         source, tmp_path / "out", options=quantize_options(source, language_only=True), pairs=noise_pairs()

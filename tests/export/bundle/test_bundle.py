@@ -62,6 +62,7 @@ def test_bundle_carries_its_evidence(make, tmp_path, spoken_checkpoint):
     assert_close(logits[0], expected["logits_last"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"dtype": "float16"}, {"fold": False}, {"mask": 3}, {"roi_rounding": "bf16", "grid_mode": "pyramid"}],
@@ -79,6 +80,7 @@ def test_other_bundles_are_in_tolerance(make, golden_model, tmp_path, options):
     assert manifest.fold == options.get("fold", True)
 
 
+@pytest.mark.slow
 def test_float16_is_measured_against_float32(make):
     manifest = make(dtype="float16", verify=True)
     values = {entry.part: entry.value for entry in manifest.parity}
@@ -93,6 +95,7 @@ def test_context_limits_the_rotary_tables(make, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_too_small_a_context_is_said(make):
     entries = {entry.part: entry for entry in make(context=400, verify=True).parity}
     assert entries["vision"].skipped is None
@@ -175,6 +178,7 @@ def test_existing_output(make, tmp_path):
         make(force=True)
 
 
+@pytest.mark.slow
 def test_failed_replacement_keeps_the_old_bundle(make, tmp_path, monkeypatch):
     make()
     monkeypatch.setattr(build, "emit_language", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))

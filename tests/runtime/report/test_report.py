@@ -4,11 +4,12 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
 
+from uhd_export.runtime.bundle.manifest import Parity
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.profiling.compare import compare
 from uhd_export.runtime.profiling.facts import describe_profile, read_profile
@@ -58,6 +59,9 @@ def test_the_page_needs_nothing_else(facts):
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_in_a_browser(browser, facts, tmp_path, width, scheme):
     path = tmp_path / "profile.html"
+    inputs = "pattern 500x336, overview 406x266, selective"
+    parity = asdict(Parity("vision (graph)", inputs, "relative error", 8.5e-7, 1e-3, None))
+    facts = {**facts, "evidence": {**facts["evidence"], "parity": [parity]}}
     path.write_text(profile_page(facts), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     problems, fetched = [], []
@@ -68,6 +72,9 @@ def test_the_page_in_a_browser(browser, facts, tmp_path, width, scheme):
     boxes = page.evaluate("() => [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect())")
     assert len(boxes) == 7 and all(box["width"] > 200 and box["height"] > 50 for box in boxes)
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    if width > 1000:  # on a small screen tables may be scrolled
+        cut = "() => [...document.querySelectorAll('section')].filter(s => s.scrollWidth > s.clientWidth)"
+        assert page.evaluate(f"({cut})().map(s => s.innerText)") == [], "cells lie outside their box"
     red, green, blue = map(
         int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
     )
