@@ -20,6 +20,7 @@ from uhd_export.calibration.quality import LinearQuality, ModelQuality, model_qu
 from uhd_export.calibration.sequences import Progress, Sequences
 from uhd_export.calibration.solver import GroupSolver, Solved
 from uhd_export.calibration.work import Work
+from uhd_export.checkpoint.int4.linears import head_group
 from uhd_export.checkpoint.int4.weight import QuantizedWeight, round_to_nearest
 from uhd_export.checkpoint.int4.words import pack_gptq
 from uhd_export.checkpoint.reader import Checkpoint
@@ -157,14 +158,22 @@ class Run:
         return tuple(record for index in range(self.next_layer) for record in self.work.layer_quality(index))
 
     @torch.inference_mode()
-    def model_qualities(self) -> tuple[ModelQuality, ModelQuality]:
-        """The whole model with rounded layers, and with GPTQ's, against the unquantized one."""
+    def model_qualities(self) -> tuple[ModelQuality, ModelQuality, ModelQuality | None]:
+        """The whole model against the unquantized one: layers rounded, by GPTQ, and these with an int8 head.
+
+        Bundles have such a head; None where no group size divides it.
+        """
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden, self.config.eps)
         self.checkpoint.load_into(norm, "model.norm.", torch.float32)
         head = self.checkpoint.tensor(self.checkpoint.head(self.config.tied), torch.float32)
-        expected, rtn, gptq = (
-            F.linear(norm(self.states[state].last_rows(self.judged)), head)
-            for state in (HELD_OUT, WITH_RTN, WITH_GPTQ)
+        before, with_rtn, with_gptq = (
+            norm(self.states[state].last_rows(self.judged)) for state in (HELD_OUT, WITH_RTN, WITH_GPTQ)
         )
-        return model_quality(expected, rtn), model_quality(expected, gptq)
+        expected = F.linear(before, head)
+        rtn, gptq = (model_quality(expected, F.linear(x, head)) for x in (with_rtn, with_gptq))
+        group = head_group(self.config)
+        if self.config.hidden % group:
+            return rtn, gptq, None
+        rounded = torch.from_numpy(round_to_nearest(head.numpy(), group, bits=8).dequantize())
+        return rtn, gptq, model_quality(expected, F.linear(with_gptq, rounded))

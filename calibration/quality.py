@@ -71,7 +71,7 @@ def model_quality(expected: torch.Tensor, actual: torch.Tensor) -> ModelQuality:
 class Report:
     """Everything measured while quantizing. `bytes_before` and `bytes_after` count the weights of the
     quantized layers; `settings` and `tools` say how it was done; `accuracy` is measured on the embedded
-    model only.
+    model only; `int8_head` is GPTQ with a rounded head beside it, as bundles for ONNX Runtime have it.
     """
 
     settings: Mapping[str, object]
@@ -84,6 +84,7 @@ class Report:
     gptq: ModelQuality
     accuracy: Accuracy | None
     linears: tuple[LinearQuality, ...]
+    int8_head: ModelQuality | None = None
 
     @property
     def mean_rtn_error(self) -> float:
@@ -117,9 +118,11 @@ class Report:
     @staticmethod
     def from_json(value: dict) -> "Report":
         """The report that `to_json` wrote."""
-        fields = {name: value[name] for name in Report.__dataclass_fields__}
+        fields = {name: value[name] for name in Report.__dataclass_fields__ if name != "int8_head"}
         fields["linears"] = tuple(LinearQuality(**linear) for linear in value["linears"])
         if value["accuracy"] is not None:
             fields["accuracy"] = Accuracy(**value["accuracy"])
         fields["rtn"], fields["gptq"] = ModelQuality(**value["rtn"]), ModelQuality(**value["gptq"])
+        if value.get("int8_head") is not None:  # which reports of before do not have
+            fields["int8_head"] = ModelQuality(**value["int8_head"])
         return Report(**fields)

@@ -253,7 +253,7 @@ def _report(run: Run, settings: dict, version: str) -> Report:
     records = run.records()
     stored = run.checkpoint.tensor("model.layers.0.self_attn.q_proj.weight").element_size()
     group = run.options.group_size
-    rtn, gptq = run.model_qualities()
+    rtn, gptq, int8_head = run.model_qualities()
     return Report(
         settings=settings,
         tools={"gptqmodel": version, "torch": torch.__version__, "uhd-export": _own_version()},
@@ -269,6 +269,7 @@ def _report(run: Run, settings: dict, version: str) -> Report:
         gptq=gptq,
         accuracy=None,
         linears=records,
+        int8_head=int8_head,
     )
 
 

@@ -47,7 +47,10 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"{format_bytes(report['bytes_after'])} after",
         f"mean relative output error of a layer: rounded to nearest {rtn:.2e}, GPTQ {gptq:.2e}{less}",
     ]
-    for name, label in (("rtn", "rounded to nearest"), ("gptq", "GPTQ")):
+    labels = {"rtn": "rounded to nearest", "gptq": "GPTQ"}
+    if report.get("int8_head") is not None:
+        labels["int8_head"] = "GPTQ and an int8 head"
+    for name, label in labels.items():
         model = report[name]
         lines.append(
             f"whole model, {label}: KL divergence {model['kl']:.2e}, same likeliest token at "

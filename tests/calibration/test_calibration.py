@@ -1,6 +1,7 @@
 """Calibration data, sequences, estimates, reports and unfinished work: everything but the solver."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from uhd_export.nano.tokenizer import build_tokenizer
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, Turn, read_pairs
 from uhd_export.runtime.language.prompt import IMAGE_ID
+from uhd_export.runtime.terminal.quality_report import summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +323,14 @@ def _report(layers=3):
 
 def test_reports_survive_json_and_name_fallbacks():
     report = _report()
-    again = Report.from_json(json.loads(json.dumps(report.to_json())))
-    assert again == report
+    head = replace(report, int8_head=ModelQuality(32, 0.2, 0.8))
+    for one in (report, head):
+        assert Report.from_json(json.loads(json.dumps(one.to_json()))) == one
+    earlier = {name: value for name, value in report.to_json().items() if name != "int8_head"}
+    assert Report.from_json(earlier) == report
+    lines = "\n".join(summary_lines(head.to_json()))
+    assert "GPTQ and an int8 head: KL divergence 2.00e-01, same likeliest token at 80.0%" in lines
+    assert "int8 head" not in "\n".join(summary_lines(earlier))
     assert report.fallbacks[0] == "model.layers.1.self_attn.q_proj: few"
     assert len(report.fallbacks) == 7
     assert report.mean_gptq_error == pytest.approx(4e-3)

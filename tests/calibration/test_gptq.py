@@ -312,6 +312,9 @@ def test_the_report_is_beside_it(quantized):
     assert report.fallbacks == ()
     assert report.mean_gptq_error < 0.75 * report.mean_rtn_error
     assert report.gptq.kl < report.rtn.kl
+    head = report.int8_head
+    assert head is not None and head.tokens == report.gptq.tokens
+    assert 0 < abs(head.kl - report.gptq.kl) < 0.5 * report.gptq.kl
     assert report.settings["gptq"]["group"] == 64
     layer_bytes = sum(
         tensor.nbytes
