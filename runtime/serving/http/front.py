@@ -1,7 +1,8 @@
 """Between a request's body and what the service understands: images fetched, read and cut in threads."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -42,7 +43,7 @@ class Front:
 
     def __init__(self, service: Service, options: HttpOptions, fetcher: Fetcher) -> None:
         self.service, self.options, self.fetcher = service, options, fetcher
-        self._preparing = 0
+        self._reading = 0
         # Images are opened and cut beside the engines; more threads would only take their time.
         self._threads = anyio.CapacityLimiter(2)
 
@@ -63,16 +64,18 @@ class Front:
             raise UhdError(f"messages: {len(urls)} images; send at most {self.options.max_images}")
         return turns, [await self.image(url, self.service.cut) for url in urls]
 
-    async def wish(self, body: ChatRequest, caller: str) -> Request:
-        """The service's request for `body`. Raises UhdError naming what is wrong, Busy before it is read."""
-        self.service.scheduler.check_room(self._preparing)
-        self._preparing += 1
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """The block in which images of a request are read. Raises Busy before it where none can wait."""
+        self.service.scheduler.check_room(self._reading)
+        self._reading += 1
         try:
-            return await self._request(body, caller)
+            yield
         finally:
-            self._preparing -= 1
+            self._reading -= 1
 
-    async def _request(self, body: ChatRequest, caller: str) -> Request:
+    async def wish(self, body: ChatRequest, caller: str) -> Request:
+        """The service's request for `body`. Raises UhdError naming what is wrong."""
         turns, images = await self.dialogue(body.messages)
         schema = chat.schema(body)
         grammar = None if schema is None else await self.apart(self.service.json_schema, schema)

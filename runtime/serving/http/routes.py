@@ -34,7 +34,8 @@ async def complete(request: Request, body: ChatRequest) -> Response:
     name = front.options.name
     if body.model not in (None, name):
         raise UhdError(f"model: {body.model[:80]!r} is not served; use {name}")
-    wish = await front.wish(body, request.state.caller)
+    with front.reading():
+        wish = await front.wish(body, request.state.caller)
     stream = front.service.submit(wish)
     writer = chat.Writer(name, front.service.tokenizer)
     if body.stream:
@@ -72,8 +73,9 @@ async def plan(request: Request, body: PlanRequest) -> PlanAnswer:
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeAnswer:
     """Token ids of a dialogue, and the positions that it takes with its images."""
     front: Front = request.app.state.front
-    turns, images = await front.dialogue(body.messages)
-    ids = await front.apart(front.service.token_ids, turns)
+    with front.reading():
+        turns, images = await front.dialogue(body.messages)
+        ids = await front.apart(front.service.token_ids, turns)
     positions = len(ids) + sum(len(image.planned) - 1 for image in images)
     return TokenizeAnswer(ids=ids, positions=positions, context=front.service.context)
 
