@@ -9,12 +9,15 @@ import torch
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.options import ImageOptions
 from uhd_export.checkpoint.reader import Checkpoint
+from uhd_export.graph.float_cache import float_cache_engine
 from uhd_export.model.reference import embedding_rows, head_logits, streamed_states
 from uhd_export.model.uhd import UhdModel
 from uhd_export.nano.evaluate import evaluate
 from uhd_export.nano.reference import LONGEST_ANSWER, model_answer
-from uhd_export.runtime.bundle.manifest import Manifest, Parity
+from uhd_export.runtime.bundle.manifest import LANGUAGE, Manifest, Parity
+from uhd_export.runtime.engines.onnxruntime import OrtEngine
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.decoder import Decoder
 from uhd_export.runtime.language.sequence import PlannedImage, PromptSequence
 from uhd_export.runtime.pipeline import Pipeline
 
@@ -80,31 +83,49 @@ def _steps(
         yield "int4 weights", run.stored if dense else head_logits(original, config, run.states)
     if weights is not None and weights.lm_head != "dense":
         yield f"{weights.lm_head} head", run.stored
-    engine = _engine_step(manifest)
-    if engine:
-        yield engine, run.logits if vision is None else _engine_logits(pipeline, run)
+    products, cache = _products(manifest), _cache(manifest)
+    if products and cache:
+        with float_cache_engine(pipeline.folder / LANGUAGE, config.language, _device(pipeline)) as engine:
+            decoder = Decoder(engine, pipeline.generator.decoder.context)
+            yield products, _decoder_logits(decoder, run)
+    for last in (cache, products):
+        if last:
+            yield last, run.logits if vision is None else _engine_logits(pipeline, run)
+            break
     if vision is not None:
         yield "int8 vision", run.logits
 
 
-def _engine_step(manifest: Manifest) -> str:
-    """What the language engine rounds beside its weights: all at once, since the engine is one."""
+def _products(manifest: Manifest) -> str:
+    """What the language engine rounds beside its weights and its cache: all at once, since it is one."""
     weights, precision = manifest.quantization, manifest.precision
     found = [] if precision.language == "float32" else [f"{precision.language} products"]
     if weights is not None and weights.activations == "int8":
         found.append("int8 activations")
-    if precision.cache != precision.language:
-        found.append(f"{precision.cache} cache")
     return " and ".join(found)
+
+
+def _cache(manifest: Manifest) -> str:
+    """The cache's rounding, where it is not the activations'."""
+    precision = manifest.precision
+    return "" if precision.cache == precision.language else f"{precision.cache} cache"
+
+
+def _device(pipeline: Pipeline) -> str:
+    return str(pipeline.language.device) if isinstance(pipeline.language, OrtEngine) else "cpu"
 
 
 def _engine_logits(pipeline: Pipeline, run: GreedyRun) -> np.ndarray:
     """(T, vocab) logits of the bundle's language engine after embeddings of the unrounded vision part."""
     pipeline.forget()
-    decoder, prompt = pipeline.generator.decoder, len(run.sequence)
-    logits = [decoder.prefill(run.embeds[:prompt]), *(decoder.step(row) for row in run.embeds[prompt:])]
+    logits = _decoder_logits(pipeline.generator.decoder, run)
     pipeline.forget()
-    return np.stack(logits)
+    return logits
+
+
+def _decoder_logits(decoder: Decoder, run: GreedyRun) -> np.ndarray:
+    prompt = len(run.sequence)
+    return np.stack([decoder.prefill(run.embeds[:prompt]), *map(decoder.step, run.embeds[prompt:])])
 
 
 def _original_embeds(original: Checkpoint, run: GreedyRun) -> np.ndarray:

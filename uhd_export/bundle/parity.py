@@ -16,7 +16,7 @@ from uhd_export.model.reference import (
     reference_embeds,
     streamed_states,
 )
-from uhd_export.runtime.bundle.manifest import Manifest, Parity, read_manifest
+from uhd_export.runtime.bundle.manifest import LANGUAGE, Manifest, Parity, read_manifest
 from uhd_export.runtime.bundle.probe import record_probe
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.image.pattern import pattern
@@ -190,9 +190,10 @@ def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:
     """
     available = available_memory()
     copies = {"float32": 1.2, "float16": 2.6}
-    weights = sum(path.stat().st_size for path in bundle.glob("*.onnx.data")) * copies.get(
-        manifest.precision.language, 1.5
-    )
+    files = list(bundle.glob("*.onnx.data"))
+    if manifest.precision.cache != manifest.precision.language:  # its language part is opened twice
+        files += bundle.glob(f"{LANGUAGE}.data")
+    weights = sum(path.stat().st_size for path in files) * copies.get(manifest.precision.language, 1.5)
     vision, projector, language = manifest.model.vision, manifest.model.projector, manifest.model.language
     # Reference weights in float32: the vision part, then the largest of a layer and the head.
     reference = 4 * (

@@ -19,14 +19,14 @@ _CACHE, _TABLES = slice(3, 5), slice(7, 9)
 _CACHED = tuple(name.partition(".")[0] + "." for name in (PAST, PRESENT))
 
 
-def float_cache_engine(path: Path, config: LanguageConfig) -> OrtEngine:
+def float_cache_engine(path: Path, config: LanguageConfig, device: str = "cpu") -> OrtEngine:
     """The language graph of the onnxruntime dialect at `path`, opened with a cache in floating point.
 
-    It reads the weights of `path`; nothing is written. Close it, or use it as a context manager.
+    On `device`. It reads the weights of `path`; nothing is written. Close it, or use it as a context manager.
     """
     model = onnx.load(path, load_external_data=False)
     _replace_cache(model.graph, config)
-    return OrtEngine(path, graph=model.SerializeToString())
+    return OrtEngine(path, device=device, graph=model.SerializeToString())
 
 
 def _replace_cache(graph: onnx.GraphProto, config: LanguageConfig) -> None:

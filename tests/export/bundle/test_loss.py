@@ -12,7 +12,7 @@ from uhd_export.bundle.loss import DIVERGENCE, ERROR, ORIGINAL, divergence, loss
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.graph.int4.options import WeightOptions
 
-STEPS = ["int4 weights", "int8 head", "int8 activations and int8 cache", "int8 vision"]
+STEPS = ["int4 weights", "int8 head", "int8 activations", "int8 cache", "int8 vision"]
 
 
 def test_divergence_is_kullback_and_leiblers():
