@@ -260,6 +260,7 @@ def test_check_finds_what_was_altered(golden_bundle, tmp_path):
         check_bundle(copy)
 
 
+@pytest.mark.slow
 def test_check_without_the_checkpoint(golden_bundle, spoken_checkpoint, tmp_path, monkeypatch):
     import uhd_export.bundle.check as check
 
@@ -279,6 +280,7 @@ def test_check_without_the_checkpoint(golden_bundle, spoken_checkpoint, tmp_path
         check_bundle(golden_bundle, checkpoint=moved)
 
 
+@pytest.mark.slow
 def test_check_reports_what_is_out_of_tolerance(golden_bundle, monkeypatch):
     monkeypatch.setattr(parity, "LIMITS", {"float32": 1e-9})
     report = check_bundle(golden_bundle)
