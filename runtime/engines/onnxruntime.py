@@ -240,8 +240,8 @@ class OrtBinding(Binding):
         return binding
 
     def close(self) -> None:
-        """Let go of the session and the buffers; it cannot be used afterwards."""
-        del self._binding
+        """Let go of the session and the buffers; it cannot be used afterwards. May be repeated."""
+        self.__dict__.pop("_binding", None)
         self._buffers.clear()
         self._results.clear()
 

@@ -16,6 +16,7 @@ from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.engines.base import Stop, Stopped
 from uhd_export.runtime.engines.wheels import both_wheels
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.memory import resident_memory
 
 
 @pytest.fixture
@@ -192,3 +193,22 @@ def test_a_backend_that_is_not_installed_says_what_to_install(accumulator, monke
         UhdError, match=r"^backend onnxruntime: not installed .*'uhd-export\[cpu\]', or .*\[cuda\]"
     ):
         open_engine(accumulator)
+
+
+def test_closing_frees_the_weights_though_a_binding_lives(tmp_path):
+    builder = GraphBuilder("large")
+    x = builder.input("x", ir.DataType.FLOAT, ("size", 4096))
+    past = builder.input("past", ir.DataType.FLOAT, ("size", 4096))
+    weight = builder.weight("weight", (4096, 4096), ir.DataType.FLOAT, lambda: np.ones((4096, 4096), "f4"))
+    total = builder.op("Add", past, builder.op("MatMul", x, weight))
+    builder.output(total, "total", ir.DataType.FLOAT, ("size", 4096), direct=True)
+    builder.save(tmp_path / "large.onnx")
+    engine = open_engine(tmp_path / "large.onnx", threads=1)
+    binding = engine.bind({"past": "total"}, {"size": 1})
+    row = binding.rows(0, 1)
+    row.infer({"x": np.ones((1, 4096), np.float32)})
+    opened = resident_memory()
+    engine.close()
+    assert resident_memory() < opened - 0.9 * 4 * 4096**2
+    engine.close()
+    assert binding is not row
