@@ -11,12 +11,13 @@ import json
 import sys
 from dataclasses import replace
 
-from uhd_export.plugins.roofline import CROPS, DEVICES, KNOWN_DEVICES, Device, image_kernels
+from uhd_export.plugins.roofline import CROPS, image_kernels
 from uhd_export.runtime.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from uhd_export.runtime.language.decoder import visible
 from uhd_export.runtime.profiling.costs import Cost, kv_cache_bytes, language_bytes, stage_costs, total
+from uhd_export.runtime.profiling.devices import KNOWN_DEVICES, Device
+from uhd_export.runtime.profiling.predict import BANDWIDTH_SHARE, PEAK_SHARE
 
-BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6
 POSITIONS, CONTEXT = 1066, 4096
 INT4_BYTES = 0.5 + 2 / 128  # a weight in groups of 128 with a float16 scale
 # Parts of the projector that the kernels of window attention compute; positions are a product before them.
@@ -73,6 +74,6 @@ def predict(device: Device) -> dict[str, dict[str, float] | str]:
 
 if __name__ == "__main__":
     names = {"RTX 4090", "H100", "Jetson AGX Orin"}
-    devices = [device for device in dict.fromkeys((*KNOWN_DEVICES, *DEVICES)) if device.name in names]
+    devices = [device for device in KNOWN_DEVICES if device.name in names]
     json.dump([predict(device) for device in devices], sys.stdout, indent=1)
     print()

@@ -6,6 +6,7 @@ from uhd_export.calibration.gptq import ERROR_ROWS
 from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import layer_linears
+from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.memory import available_memory
 
@@ -38,7 +39,9 @@ class MemoryEstimate:
         return self.libraries + max(self.vision, solving, self.vision + self.whole if self.whole else 0)
 
 
-def estimate_memory(config: CheckpointConfig, options: CalibrationOptions, questions: int) -> MemoryEstimate:
+def estimate_memory(
+    config: CheckpointConfig | ModelConfig, options: CalibrationOptions, questions: int
+) -> MemoryEstimate:
     """What quantizing takes, with sequences of the greatest length allowed; `questions` need whole models."""
     language, tower, projector = config.language, config.vision, config.projector
     shapes = layer_linears(language).values()

@@ -9,35 +9,19 @@ call, the 19x29 overview in another; and what each kernel of window attention ad
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from uhd_export.plugins.window_attention.launch import SETS, LevelShape
 from uhd_export.runtime.image.geometry import bin_grid, roi_align
 from uhd_export.runtime.profiling.costs import Cost
+from uhd_export.runtime.profiling.devices import KNOWN_DEVICES, Device
 
 TAPS, RANGE, COLOURS, FIXUP_IN = 49, 32, 3, 52
 CROPS = ((6, 24, 24), (1, 19, 29))  # batch, rows, columns of patches at 1008x672
 SCALES = (1, 2, 4)
+DEVICES = tuple(d for d in KNOWN_DEVICES if d.name in ("H200", "RTX 4090", "Jetson AGX Orin"))
 SIDE, CHANNELS, HEADS, SIZE = 12, 1024, 32, 128  # ViT-L and Vicuna-7B
-
-
-@dataclass(frozen=True)
-class Device:
-    """Data-sheet figures: bytes and float16 FLOPs a second."""
-
-    name: str
-    bandwidth: float
-    flops: float
-
-
-DEVICES = (
-    Device("H200", 4.8e12, 989e12),
-    Device("RTX 4090", 1.0e12, 165e12),
-    Device("Jetson AGX Orin", 0.2e12, 42e12),
-)
-KNOWN_DEVICES = (*DEVICES, Device("H100", 3.35e12, 989e12), Device("A100", 2.0e12, 312e12))
 
 
 def floor(cost: Cost, device: Device, size: int = 2) -> float:

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,50 @@ from typing import Any
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _STATM = Path("/proc/self/statm")
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, within the control group's limit; None if unknown."""
+    """Bytes that can be allocated without swapping, within the control groups' limits; None if unknown."""
     try:
         lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+    return max(min([free, *_group_rooms()]), 0)
+
+
+def _group_rooms() -> Iterator[int]:
+    """What each limit of this process's control groups leaves, of both versions; its group's and the root's.
+
+    Cached pages of files that can be dropped are not counted as used.
+    """
     try:
-        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is no limit
-        used = int((_CGROUP / "memory.current").read_text())
+        lines = [line.split(":", 2) for line in _GROUPS.read_text().splitlines()]
+    except OSError:
+        lines = []
+    places = {"memory": {_CGROUP / "memory"}, "": {_CGROUP, _CGROUP / "unified"}}
+    for _, controllers, path in lines:
+        for kind in set(controllers.split(",")) & places.keys():
+            places[kind] |= {root / path.strip("/") for root in tuple(places[kind])}
+    for kind, limit, used in (
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("", "memory.max", "memory.current"),
+    ):
+        for folder in places[kind]:
+            try:  # "max" where there is no limit
+                room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            except (OSError, ValueError):
+                continue
+            yield room + _droppable(folder / "memory.stat")
+
+
+def _droppable(stat: Path) -> int:
+    try:
+        found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
+        return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
     except (OSError, ValueError):
-        return free
-    return max(min(free, limit - used), 0)
+        return 0
 
 
 def peak_memory() -> int | None:

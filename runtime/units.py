@@ -1,4 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers as people read and write them."""
+
+import re
+
+from uhd_export.runtime.errors import UhdError
 
 
 def format_bytes(count: int) -> str:
@@ -7,3 +11,14 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "8GB", "512 MiB" or "6g". Raises UhdError where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
+    if found is None or not float(found[1]):
+        raise UhdError(f"size {text!r}: give bytes with a unit, such as 8GB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2]])

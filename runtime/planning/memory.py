@@ -4,11 +4,14 @@ from dataclasses import dataclass, replace
 
 from uhd_export.runtime.config import LanguageConfig, ModelConfig
 from uhd_export.runtime.image.encoder import ENOUGH_ROWS
+from uhd_export.runtime.image.layout import visual_token_count
 from uhd_export.runtime.image.slicing import SlicePlan
 from uhd_export.runtime.planning.activations import SLACK, language_elements, vision_elements
 
+TEXT_POSITIONS = 52
+"""Of a prompt beside its image: the vicuna_v1 template around a short question."""
 # Python, ONNX Runtime and this program with an image in hand, before any weight: measured, Linux x86-64.
-BASE = 105_000_000
+BASE = 115_000_000
 # A CUDA context with cuBLAS: a data-sheet's guess, not measured.
 CUDA_BASE = 600_000_000
 # Positions a run that a prompt may be divided into, where the whole would not fit.
@@ -17,16 +20,12 @@ _CHUNKS = (512, 256, 128, 64)
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of each part as they lie in memory; `mapped` of them are pages of the files themselves.
-
-    Embeddings are rows read from a mapped file, so that few of them count.
-    """
+    """Bytes of each part as they lie in memory; embeddings are rows read from a mapped file: few count."""
 
     vision: int
     language: int
     head: int
     embeddings: int
-    mapped: int = 0
 
     @property
     def resident(self) -> int:
@@ -110,6 +109,11 @@ class MemoryPlan:
     def fits(self, available: int | None) -> bool:
         """Whether `available` bytes suffice; None, which is not known, does."""
         return available is None or self.peak <= available
+
+
+def visual_positions(slices: SlicePlan, layout: str, side: int) -> int:
+    """Positions of a prompt about an image cut as `slices`: the image's, and a short question's."""
+    return visual_token_count(slices.slice_grid, layout=layout, side=side) + TEXT_POSITIONS
 
 
 def cache_bytes(language: LanguageConfig, positions: int, bytes_per: float) -> int:

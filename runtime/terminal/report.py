@@ -13,6 +13,7 @@ from uhd_export.runtime.config import ModelConfig, official
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.layout import Separators, indicator_tokens, visual_token_count
 from uhd_export.runtime.image.slicing import SlicePlan
+from uhd_export.runtime.planning.memory import TEXT_POSITIONS
 from uhd_export.runtime.profiling.costs import (
     INT4_BYTES,
     keys_per_window,
@@ -24,8 +25,6 @@ from uhd_export.runtime.profiling.costs import (
 from uhd_export.runtime.terminal.console import output
 from uhd_export.runtime.units import format_bytes
 
-# Text positions of the cost estimate: the vicuna_v1 template around a short question.
-TEXT_TOKENS = 52
 REFERENCE_MODEL = "Vicuna-7B"
 
 
@@ -59,7 +58,7 @@ def describe_plan(
         "grid_mode": grid_mode,
         "crops": crops,
         "refused": _refused(plan, shape, grid_mode),
-        "costs": _costs(plan, shape, model, visual["flat"] + TEXT_TOKENS, grid_mode),
+        "costs": _costs(plan, shape, model, visual["flat"] + TEXT_POSITIONS, grid_mode),
     }
 
 
@@ -127,7 +126,7 @@ def print_plan(facts: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _print_costs(costs: dict[str, Any], console: Console) -> None:
-    title = f"{costs['model']}, {costs['positions']} positions ({TEXT_TOKENS} of text)"
+    title = f"{costs['model']}, {costs['positions']} positions ({TEXT_POSITIONS} of text)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("GFLOP")
     table.add_column("as released", justify="right")

@@ -5,9 +5,9 @@ from typing import Any
 
 from uhd_export.runtime.image.layout import visual_token_count
 from uhd_export.runtime.image.slicing import plan_slices
+from uhd_export.runtime.planning.memory import TEXT_POSITIONS
 from uhd_export.runtime.profiling import costs
 from uhd_export.runtime.profiling.costs import Cost, Grid, Parts
-from uhd_export.runtime.terminal.report import TEXT_TOKENS
 from uhd_export.study.convnext import convnext_parts, level_linear
 from uhd_export.study.rows import CONVNEXT, SIZE, Row
 
@@ -29,7 +29,7 @@ def count_row(row: Row) -> dict[str, Any]:
     """Positions, and FLOPs and elements by stage of both forms, with their sums, ready for JSON."""
     plan = plan_slices(SIZE, patch=row.model.vision.patch)
     visual = visual_token_count(plan.slice_grid, layout=row.layout, side=row.model.projector.side)
-    positions = visual + TEXT_TOKENS
+    positions = visual + TEXT_POSITIONS
     stages = {kind: _stages(row, positions, folded=kind == "exported") for kind in ("released", "exported")}
     counted = {
         kind: {

@@ -1,0 +1,69 @@
+"""What a bundle's answers take: its parts' bytes from the manifest."""
+
+import numpy as np
+
+from uhd_export.runtime.bundle.manifest import EMBEDDINGS, Manifest, part_files
+from uhd_export.runtime.choices import ENGINE_BACKENDS
+from uhd_export.runtime.image.slicing import Size, plan_slices
+from uhd_export.runtime.planning.memory import Layout, Weights, Workload, visual_positions
+from uhd_export.runtime.settings import Settings
+
+
+def bundle_layout(manifest: Manifest, device: str) -> Layout:
+    """How the bundle runs on `device`, "cpu" or "cuda"."""
+    precision = manifest.precision
+    # A processor multiplies in float32, whatever dense weights are stored in.
+    item = 4 if device == "cpu" else np.dtype(precision.language).itemsize
+    return Layout(
+        item, np.dtype(precision.cache).itemsize, device, manifest.fold, manifest.settings.grid_mode
+    )
+
+
+def bundle_weights(manifest: Manifest, device: str) -> Weights:
+    """Bytes of its weights in memory on `device`."""
+
+    def size(name: str) -> int:
+        return sum(r.bytes for file, r in manifest.files.items() if file in (name, f"{name}.data"))
+
+    vision, language = (size(name) for name in part_files(manifest.backend))
+    config, quantization = manifest.model.language, manifest.quantization
+    item = np.dtype(manifest.precision.language).itemsize
+    bits = {"int8": 8, "int4": 4}.get(quantization.lm_head if quantization else "")
+    head = config.vocab * config.hidden * item if bits is None else 0
+    if bits is not None:
+        head = config.vocab * config.hidden * bits // 8 + config.vocab * config.hidden // 128 * item
+    language = max(language - head, 0)
+    if device == "cpu" and manifest.backend not in ENGINE_BACKENDS:  # float16 becomes float32 when loaded
+        vision *= 4 // np.dtype(manifest.precision.vision).itemsize
+        head *= 4 // item if bits is None else 1
+        language *= 4 // item if quantization is None or quantization.method is None else 1
+    return Weights(vision, language, head, size(EMBEDDINGS))
+
+
+def bundle_workload(
+    manifest: Manifest,
+    size: Size,
+    device: str,
+    *,
+    settings: Settings | None = None,
+    context: int | None = None,
+) -> Workload:
+    """An answer about an image of `size`. Raises UhdError where it cannot be cut."""
+    settings = settings or manifest.settings
+    slices = plan_slices(
+        size,
+        max_slices=settings.max_slices,
+        resize=settings.resize,
+        upscale_only=settings.upscale_only,
+        patch=manifest.model.vision.patch,
+    )
+    capacity = context or settings.context
+    positions = visual_positions(slices, settings.layout, manifest.model.projector.side)
+    return Workload(
+        manifest.model,
+        bundle_weights(manifest, device),
+        bundle_layout(manifest, device),
+        slices,
+        min(positions, capacity),
+        capacity,
+    )
