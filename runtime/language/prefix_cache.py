@@ -17,7 +17,9 @@ class PrefixCache:
     """
 
     def __init__(self, decoder: Decoder, *, chunk: int | None = None) -> None:
-        self._decoder, self._chunk = decoder, chunk
+        self._decoder = decoder
+        self.chunk = chunk
+        """Most positions that a run of `prefill` takes; None is all."""
         self._keys: list[Hashable] = []
         self.prefilled = 0
         """Positions that the last `prefill` ran."""
@@ -39,7 +41,7 @@ class PrefixCache:
         # What is dropped is forgotten before anything runs: an interrupted run leaves a valid prefix.
         del self._keys[start:]
         self._decoder.rewind(start)
-        logits = self._decoder.prefill(embeds, chunk=self._chunk, stop=stop)
+        logits = self._decoder.prefill(embeds, chunk=self.chunk, stop=stop)
         self._keys.extend(keys[start:])
         self.prefilled = len(embeds)
         return logits

@@ -5,7 +5,8 @@ import numpy as np
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, Manifest, part_files
 from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.image.slicing import Size, plan_slices
-from uhd_export.runtime.planning.memory import Layout, Weights, Workload, visual_positions
+from uhd_export.runtime.memory import available_memory, free_device_memory
+from uhd_export.runtime.planning.memory import Bounds, Layout, Weights, Workload, visual_positions
 from uhd_export.runtime.settings import Settings
 
 
@@ -66,4 +67,49 @@ def bundle_workload(
         slices,
         min(positions, capacity),
         capacity,
+    )
+
+
+# An image that takes the most slices.
+LARGEST: Size = (1008, 1008)
+
+
+def fitting_bounds(
+    manifest: Manifest, device: str, settings: Settings, context: int | None, available: int | None = None
+) -> Bounds:
+    """With which the largest image's answer fits into `available` bytes (default: what `device` has)."""
+    if manifest.backend in ENGINE_BACKENDS:  # engines reserved their activations when they were built
+        return Bounds()
+    work = bundle_workload(manifest, LARGEST, device, settings=settings, context=context)
+    return work.fitted(room(device) if available is None else available).bounds
+
+
+def room(device: str) -> int | None:
+    """Bytes that an answer may take on `device`, "cpu" or "cuda"; None where that is not known."""
+    return available_memory() if device == "cpu" else free_device_memory()
+
+
+def shortage(
+    manifest: Manifest,
+    device: str,
+    *,
+    settings: Settings | None = None,
+    context: int | None = None,
+    beside: int = 0,
+    available: int | None = None,
+) -> str | None:
+    """One line where an answer about a large image will not fit, with the remedy; else None.
+
+    `beside` are bytes that are reserved as well, such as those of other answers at a time.
+    """
+    available = room(device) if available is None else available
+    work = bundle_workload(manifest, LARGEST, device, settings=settings, context=context)
+    plan = work.fitted(available)
+    if available is None or plan.peak + beside <= available:
+        return None
+    capacity = work.fitting_capacity(available - beside)
+    remedy = "use a bundle of a smaller --preset" if capacity is None else f"use --context {capacity}"
+    return (
+        f"memory: an answer about a large image takes {(plan.peak + beside) / 1e9:.1f} GB at its peak "
+        f"({plan.peak_stage}), {available / 1e9:.1f} GB are available; {remedy}, or --max-slices 1"
     )

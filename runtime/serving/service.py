@@ -10,7 +10,9 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
 from uhd_export.runtime.bundle.opening import open_engines
+from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
+from uhd_export.runtime.engines.device import parse_device
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.language.decoder import KEY_VALUE, PAST
@@ -19,6 +21,8 @@ from uhd_export.runtime.language.prompt import load_tokenizer
 from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.memory import available_memory
 from uhd_export.runtime.pipeline import KEEP, configured
+from uhd_export.runtime.planning.bundle import fitting_bounds
+from uhd_export.runtime.planning.memory import Bounds
 from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
 from uhd_export.runtime.serving.images.cutting import CutImage, ImageCutter
@@ -62,6 +66,7 @@ class Service:
         engines: tuple[Engine, Engine],
         options: ServiceOptions,
         check: Callable[[], None] = lambda: None,
+        bounds: Bounds | None = None,
     ) -> None:
         vision, language = engines
         self.manifest, self.settings, self.options = manifest, settings, options
@@ -83,6 +88,8 @@ class Service:
         self.encoded = EncodedImages(options.image_cache)
         self._cutter = ImageCutter(manifest.model, settings, self.encoded)
         encoder = VisionEncoder(vision, manifest.model, roi_rounding=settings.roi_rounding)
+        if bounds is not None and bounds.rows is not None:
+            encoder.rows = bounds.rows
         rows = Rows(language, options.slots, self.context)
         self._grammars = Grammars(self.tokenizer, rows.vocab, manifest.model.language.eos)
         self.scheduler = Scheduler(
@@ -126,9 +133,13 @@ class Service:
             slicing.get("resize", KEEP),
             slicing.get("template"),
         )
+        kind = parse_device(device or default_device(manifest.backend)).kind
+        bounds = fitting_bounds(
+            manifest, kind, settings, options.context
+        )  # before the weights take their share
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
-            return cls(folder, manifest, settings, (vision, language), options, files.check)
+            return cls(folder, manifest, settings, (vision, language), options, files.check, bounds)
         except BaseException:
             vision.close()
             language.close()

@@ -12,7 +12,8 @@ from uhd_export.calibration.options import CalibrationOptions
 from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.cli.command import Command, concern, option
 from uhd_export.cli.main import main
-from uhd_export.cli.options import PipelineOptions, _Template, image_options, source_options
+from uhd_export.cli.opening import PipelineOptions
+from uhd_export.cli.options import _Template, image_options, source_options
 from uhd_export.runtime.choices import GRID_MODES, TEMPLATES
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from uhd_export.cli.command import Command, option
-from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
+from uhd_export.cli.opening import PipelineOptions, pipeline_options
+from uhd_export.cli.options import COUNT, bundle_argument
 from uhd_export.cli.serving import SlotOptions, share, slot_options
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from uhd_export.cli.command import Command, option
-from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, json_option, pipeline_options
+from uhd_export.cli.opening import PipelineOptions, pipeline_options
+from uhd_export.cli.options import COUNT, bundle_argument, json_option
 from uhd_export.cli.serving import SlotOptions, slot_options
 from uhd_export.runtime.errors import UhdError
 

@@ -1,7 +1,6 @@
 """The options that commands share; each concern reaches a command as the dataclass of its room."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import MAX_SLICES
 
 if TYPE_CHECKING:
-    from uhd_export.runtime import Pipeline
     from uhd_export.tensorrt.options import EngineOptions
 
 SOURCE, IMAGES, WEIGHT, CALIBRATION = "Source", "Images", "Weights", "Calibration"
@@ -59,6 +57,7 @@ class _Device(click.ParamType):
 
 
 DEVICE = _Device()
+TEMPLATE = _Template(TEMPLATES)
 
 checkpoint_argument = click.argument("source", metavar="CHECKPOINT", type=click.Path())
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -100,7 +99,7 @@ source_options = concern(
     ),
     option(
         "--template",
-        type=_Template(TEMPLATES),
+        type=TEMPLATE,
         help="How questions are put; default: by the language model.",
         section=SOURCE,
     ),
@@ -257,71 +256,4 @@ engine_options = concern(
     option(
         "--workspace", type=COUNT, metavar="MIB", help="Scratch memory of engine layers.", section=ENGINES
     ),
-)
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How to open a bundle; None is as the bundle, its backend or the machine says."""
-
-    device: str | None = None
-    threads: int | None = None
-    context: int | None = None
-    grid_mode: str | None = None
-    max_slices: int | None = None
-    resize: int | None = None
-    template: str | None = None
-
-    def open(self, bundle: Path) -> "Pipeline":
-        """The pipeline of `bundle`."""
-        from uhd_export.runtime import Pipeline
-        from uhd_export.runtime.progress import status
-
-        chosen = {name: value for name, value in asdict(self).items() if value is not None}
-        with status("opening the bundle"):
-            return Pipeline.open(bundle, **chosen)
-
-
-machine_options = (
-    option(
-        "--device",
-        type=DEVICE,
-        metavar="cpu|cuda|cuda:N",
-        help="Default: cpu with onnxruntime, else cuda.",
-        section=MACHINE,
-    ),
-    option("--threads", type=COUNT, metavar="N", help="CPU threads; default: all cores.", section=MACHINE),
-    option(
-        "--context",
-        type=COUNT,
-        metavar="N",
-        help="Positions of the KV cache; default: the bundle's.",
-        section=MACHINE,
-    ),
-)
-pipeline_options = concern(
-    "opening",
-    PipelineOptions,
-    option(
-        "--grid",
-        "grid_mode",
-        type=click.Choice(GRID_MODES),
-        help="Windows of the features; default: the bundle's.",
-        section=IMAGES,
-    ),
-    option(
-        "--max-slices",
-        type=COUNT,
-        metavar="N",
-        help="Most slices; 1 means the overview only.",
-        section=IMAGES,
-    ),
-    option("--resize", type=COUNT, metavar="N", help="Longest side before slicing.", section=IMAGES),
-    option(
-        "--template",
-        type=_Template(TEMPLATES),
-        help="How questions are put; default: the bundle's.",
-        section=SOURCE,
-    ),
-    *machine_options,
 )

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from uhd_export.cli.command import Command, concern, option
-from uhd_export.cli.options import COUNT, PipelineOptions, json_option, machine_options
+from uhd_export.cli.opening import PipelineOptions, machine_options
+from uhd_export.cli.options import COUNT, json_option
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.errors import UhdError
 

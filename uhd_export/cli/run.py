@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from uhd_export.cli.command import Command, concern, option
-from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
+from uhd_export.cli.opening import PipelineOptions, pipeline_options
+from uhd_export.cli.options import COUNT, bundle_argument
 
 ANSWER = "Answer"
 

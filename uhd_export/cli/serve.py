@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from uhd_export.cli.command import Command, concern, option
-from uhd_export.cli.options import COUNT, PipelineOptions, bundle_argument, pipeline_options
+from uhd_export.cli.opening import PipelineOptions, pipeline_options
+from uhd_export.cli.options import COUNT, bundle_argument
 from uhd_export.cli.serving import SERVING, SlotOptions, line_options, share
 from uhd_export.runtime.errors import UhdError
 

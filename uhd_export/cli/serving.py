@@ -1,6 +1,6 @@
 """Options of the commands that answer many questions at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from uhd_export.cli.options import COUNT
 from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
-    from uhd_export.cli.options import PipelineOptions
+    from uhd_export.cli.opening import PipelineOptions
     from uhd_export.runtime.serving.service import Service
 
 SERVING = "Serving"
@@ -38,7 +38,10 @@ class SlotOptions:
         from uhd_export.runtime.serving.scheduling.scheduler import Limits
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
+        opening.warn(bundle, beside=self.image_cache << 20)
         limits = Limits(waiting=self.waiting or 2 * self.slots)
+        if (chunk := opening.prefill_chunk) is not None:
+            limits = replace(limits, chunk=min(chunk, limits.chunk), lone_chunk=chunk)
         options = ServiceOptions(self.slots, opening.context, self.image_cache << 20, limits)
         with status("opening the bundle"):
             return Service.open(
