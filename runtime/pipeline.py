@@ -108,7 +108,6 @@ class Pipeline:
         max_slices: int | None = None,
         resize: int | Keep | None = KEEP,
         template: str | None = None,
-        prefill_chunk: int | None = None,
     ) -> Self:
         """Open the bundle in folder `bundle` on `device`, "cpu", "cuda" or "cuda:1" (default: its backend's).
 
@@ -116,9 +115,8 @@ class Pipeline:
         default and at most the bundle's. `grid_mode`, `max_slices`, `resize` and `template` replace the
         bundle's defaults (see `configure`). Every file's SHA-256 is verified first, of those over 256 MiB
         once: it is remembered until they change; on a GPU that has not run it before, the logits of a short
-        prompt too. `prefill_chunk` is the most positions of a prompt that run at once (default: all; fewer,
-        and fewer crops, where the memory available asks for it). Raises UhdError where the bundle cannot
-        be trusted or run.
+        prompt too. Where the memory available asks for it, fewer crops and positions run at once. Raises
+        UhdError where the bundle cannot be trusted or run.
         """
         folder = Path(bundle)
         manifest = read_manifest(folder)
@@ -126,8 +124,6 @@ class Pipeline:
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
         run = configured(manifest.settings, grid_mode, max_slices, resize, template)
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise UhdError(f"prefill chunk {prefill_chunk}: must be at least 1 position")
         kind = parse_device(device or default_device(manifest.backend)).kind
         bounds = fitting_bounds(manifest, kind, run, context)  # before the weights take their share
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
@@ -138,7 +134,7 @@ class Pipeline:
             language.close()
             raise
         pipeline.settings = run
-        pipeline.generator.prefix.chunk = prefill_chunk or bounds.chunk
+        pipeline.generator.prefix.chunk = bounds.chunk
         if bounds.rows is not None:
             pipeline.encoder.rows = bounds.rows
         if kind != "cpu":

@@ -109,7 +109,9 @@ def test_a_bundle_is_opened_with_what_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "uhd_export.runtime.Pipeline", type("P", (), {"open": lambda *a, **k: calls.append((a, k))})
     )
+    monkeypatch.setattr(PipelineOptions, "warn", lambda self, bundle: calls.append(bundle))
     PipelineOptions(threads=2, resize=300).open(tmp_path)
+    assert calls.pop(0) == tmp_path  # before anything is loaded
     assert calls == [((tmp_path,), {"threads": 2, "resize": 300})]
 
 

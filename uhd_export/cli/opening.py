@@ -50,8 +50,12 @@ class PipelineOptions:
 
         self.warn(bundle)
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
+        chunk = chosen.pop("prefill_chunk", None)
         with status("opening the bundle"):
-            return Pipeline.open(bundle, **chosen)
+            pipeline = Pipeline.open(bundle, **chosen)
+        if chunk is not None:
+            pipeline.generator.prefix.chunk = chunk
+        return pipeline
 
 
 machine_options = (

@@ -1,0 +1,105 @@
+"""`plan --model`, and the warning before what will not fit is loaded."""
+
+import dataclasses
+import json
+
+import pytest
+
+from uhd_export.cli.opening import PipelineOptions
+from uhd_export.runtime.bundle.manifest import read_manifest
+from uhd_export.runtime.planning.bundle import fitting_bounds, shortage
+from uhd_export.runtime.profiling.rates import Rates
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """A machine of 1 TFLOP/s and 10 GB/s, so that none is measured."""
+    rates = Rates(1e12, 1e10, "a machine made up")
+    monkeypatch.setattr("uhd_export.runtime.profiling.rates.measure_rates", lambda *_: rates)
+
+
+def planned(call, *arguments):
+    done = call("plan", "1008x672", "--json", *arguments)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)["answer"]
+
+
+def test_parts_of_vicuna_7b(call):
+    exact = planned(call, "--model", "vicuna-7b", "--memory", "64GB")
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4
+    assert exact["bytes"]["language weights"] == pytest.approx(linear, rel=1e-3)
+    assert exact["bytes"]["head"] == exact["bytes"]["embeddings on disk"] == 32000 * 4096 * 4
+    assert exact["bytes"]["vision weights"] == pytest.approx(1.867e9, rel=0.01)  # as a built one's file
+    assert exact["bytes"]["cache used"] == 2 * 32 * 4096 * 1066 * 4
+    assert exact["fits"] and exact["peak"] == max(exact["stages"].values())
+    assert exact["seconds"]["decode"] == pytest.approx((linear + 32000 * 4096 * 4 + 1.12e9) / 1e10, rel=0.01)
+
+
+def test_what_does_not_fit_names_the_preset_that_does(call):
+    exact = planned(call, "--model", "vicuna-7b", "--memory", "8GB")
+    assert not exact["fits"] and exact["remedies"] == ["--preset balanced"]
+    small = planned(call, "--model", "vicuna-7b", "--memory", "8GB", "--preset", "small")
+    assert small["fits"] and small["disk"] < 5e9 and small["calibration"] > 3e9
+    tiny = planned(call, "--model", "vicuna-7b", "--memory", "1GB", "--preset", "exact")
+    assert tiny["remedies"][-1].endswith("GB more, even for --preset small")
+    done = call("plan", "1008x672", "--model", "vicuna-7b", "--memory", "8GB")
+    assert "does not fit into 8.00 GB; use --preset balanced" in done.stdout
+
+
+def test_prefill_in_chunks_is_a_remedy_where_it_is_enough(call):
+    whole = planned(call, "--model", "vicuna-7b", "--preset", "small", "--memory", "64GB")
+    just_short = f"{(whole['peak'] - 10_000_000) / 1e6:.0f}MB"
+    short = planned(call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short)
+    assert short["remedies"][0].startswith("--prefill-chunk 512")
+    given = planned(
+        call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short, "--prefill-chunk", "512"
+    )
+    assert given["fits"] and given["prefill_chunk"] == 512
+
+
+def test_a_gpu_holds_the_whole_cache_in_float16(call):
+    exact = planned(call, "--model", "vicuna-7b", "--device", "h100")
+    assert exact["available"] == 80e9 and exact["bytes"]["cache reserved"] == 2**31
+    assert all(size > exact["bytes"]["cache reserved"] for size in exact["stages"].values())
+    short = planned(call, "--model", "qwen2-7b", "--device", "rtx-4090", "--memory", "17.5GB")
+    assert any(remedy.startswith("--context ") for remedy in short["remedies"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--memory", "8GB"], "--memory: is of an answer; give --model too"),
+        (["--model", "vicuna-8b"], "--model 'vicuna-8b': give vicuna-7b"),
+        (["--model", "nano", "--memory", "much"], "size 'much': give bytes with a unit"),
+        (["--model", "nano", "--device", "h9000"], "device 'h9000': must be one of H200"),
+        (["--model", "nano", "--context", "9"], "--context 9: the prompt takes 1066 positions"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line(fails, arguments, words):
+    assert words in fails("plan", "1008x672", *arguments)
+
+
+def test_a_bundle_is_planned_by_its_files(call, golden_bundle):
+    manifest = read_manifest(golden_bundle)
+    answer = planned(call, "--model", str(golden_bundle), "--grid", manifest.settings.grid_mode)
+    assert answer["disk"] == sum(record.bytes for record in manifest.files.values())
+    assert answer["preset"] is None and answer["context"] == manifest.settings.context
+
+
+def test_a_warning_comes_before_anything_is_loaded(golden_bundle, monkeypatch, capsys):
+    manifest = read_manifest(golden_bundle)
+    assert shortage(manifest, "cpu", available=64 << 30) is None
+    monkeypatch.setattr("uhd_export.runtime.planning.bundle.available_memory", lambda: 50 << 20)
+    PipelineOptions().warn(golden_bundle)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: memory: an answer about a large image takes 0.")
+    assert line.endswith("0.1 GB are available; use a bundle of a smaller --preset, or --max-slices 1")
+
+
+def test_bounds_tighten_as_memory_gets_short(golden_bundle):
+    manifest = read_manifest(golden_bundle)
+    wide = fitting_bounds(manifest, "cpu", manifest.settings, None, available=64 << 30)
+    tight = fitting_bounds(manifest, "cpu", manifest.settings, None, available=1)
+    assert (wide.rows, wide.chunk) == (1200, None) and (tight.rows, tight.chunk) == (0, 64)
+    engines = dataclasses.replace(manifest, backend="tensorrt")
+    assert fitting_bounds(engines, "cuda", manifest.settings, None, available=1).rows is None
