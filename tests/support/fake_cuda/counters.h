@@ -8,3 +8,5 @@ typedef struct {
 
 Counters* fake_counters(void);
 void fake_launch(const char* name);
+// One line in the log, where one is open.
+void fake_note(const char* line);

@@ -1,11 +1,15 @@
-// libcuda without a GPU, as far as cuda-bindings and the plugins call it: modules and launches are logged to the file
-// that FAKE_CUDA_DRIVER_LOG names, with grid, block, shared memory, and arguments as the kernel would receive them.
+// libcuda without a GPU, as far as cuda-bindings and the plugins call it. Every call is a line in the log of
+// runtime.c; a launch is counted there, and told with grid, block, shared memory, and arguments as the kernel would
+// receive them.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "counters.h"
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500 };
 enum { MAJOR = 75, MINOR = 76, MOST_SHARED = 101376, MOST_ARGUMENTS = 64 };
@@ -16,14 +20,13 @@ typedef struct {
   int sizes[MOST_ARGUMENTS], count;
 } Function;
 
-static FILE* log_file(void) {
-  static FILE* file;
-  if (!file) {
-    const char* path = getenv("FAKE_CUDA_DRIVER_LOG");
-    file = fopen(path ? path : "/dev/null", "w");
-    setvbuf(file, NULL, _IOLBF, 0);
-  }
-  return file;
+static void note(const char* format, ...) {
+  char line[4096];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(line, sizeof line, format, values);
+  va_end(values);
+  fake_note(line);
 }
 
 static void read_parameters(Function* f, const char* ptx) {
@@ -59,18 +62,22 @@ int cuGetProcAddress(const char* symbol, void** f, int version, uint64_t flags) 
   return cuGetProcAddress_v2(symbol, f, version, flags, NULL);
 }
 int cuCtxGetCurrent(void** context) {
+  note("cuCtxGetCurrent");
   *context = (void*)0x1234;
   return SUCCESS;
 }
 int cuCtxGetDevice(int* device) {
+  note("cuCtxGetDevice");
   *device = 0;
   return SUCCESS;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  note("cuDeviceGetAttribute %d", attribute);
   *value = attribute == MAJOR ? 8 : attribute == MINOR ? 9 : 1;
   return SUCCESS;
 }
 int cuModuleLoadData(void** module, const void* image) {
+  note("cuModuleLoadData %zu", strlen(image));
   *module = strdup(image);
   return SUCCESS;
 }
@@ -79,22 +86,26 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   snprintf(f->name, sizeof f->name, "%s", name);
   read_parameters(f, module);
   *function = f;
-  fprintf(log_file(), "function %s parameters %d\n", name, f->count);
+  note("cuModuleGetFunction %s parameters %d", name, f->count);
   return SUCCESS;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
+  note("cuFuncSetAttribute %s %d %d", ((Function*)function)->name, attribute, value);
   return value > MOST_SHARED ? INVALID_VALUE : SUCCESS;
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** arguments, void** extra) {
   Function* f = function;
-  fprintf(log_file(), "launch %s grid %u %u %u block %u %u %u shared %u stream %p arguments", f->name, gx, gy, gz, bx,
-          by, bz, shared, stream);
-  for (int i = 0; i < f->count; i++) {
-    if (f->sizes[i] == 8) fprintf(log_file(), " %#lx", *(unsigned long*)arguments[i]);
-    else fprintf(log_file(), " %d", *(int*)arguments[i]);
+  char line[4096];
+  int used = snprintf(line, sizeof line, "%s grid %u %u %u block %u %u %u shared %u stream %p arguments", f->name, gx, gy,
+                      gz, bx, by, bz, shared, stream);
+  for (int i = 0; i < f->count && used < (int)sizeof line; i++) {
+    char* end = line + used;
+    size_t room = sizeof line - used;
+    if (f->sizes[i] == 8) used += snprintf(end, room, " %#lx", *(unsigned long*)arguments[i]);
+    else used += snprintf(end, room, " %d", *(int*)arguments[i]);
   }
-  fprintf(log_file(), "\n");
+  fake_launch(line);
   return SUCCESS;
 }
 int cuGetErrorName(int error, const char** name) {

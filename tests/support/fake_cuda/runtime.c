@@ -28,6 +28,10 @@ EXPORT void fake_log(const char* path) {
 
 EXPORT void fake_observe(void (*call)(const char* name)) { observer = call; }
 
+EXPORT void fake_note(const char* line) {
+  if (log_file) fprintf(log_file, "%s\n", line);
+}
+
 EXPORT void fake_launch(const char* name) {
   counters.launches++;
   if (observer) observer(name);
