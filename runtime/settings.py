@@ -42,6 +42,11 @@ class Sampling:
         if not 0 < self.repetition_penalty < float("inf"):
             raise UhdError(f"repetition_penalty: {self.repetition_penalty} is out of range; use more than 0")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the token of the highest logit is the one that is chosen."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def changed(self, **given: Any) -> "Sampling":
         """The same with what is `given` and not None in its place."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})

@@ -15,10 +15,12 @@ from uhd_export.runtime.language.decoder import (
     EMBEDS,
     KEY_VALUE,
     LOGITS,
+    LOGITS_SUM,
     PAST,
     PRESENT,
     ROWS,
     SEQUENCE_LENGTHS,
+    TOKEN,
     TOTAL_LENGTH,
     VISIBLE,
     WRITE_INDEX,
@@ -80,7 +82,11 @@ def check_language(engine: Engine, manifest: Manifest) -> None:
     else:
         inputs[SEQUENCE_LENGTHS] = TensorInfo(np.dtype(np.int32), (rows,))
         inputs[TOTAL_LENGTH] = TensorInfo(np.dtype(np.int32), ())
-    outputs = {LOGITS: TensorInfo(_own_float(engine.outputs, LOGITS), (rows, 1, language.vocab))}
+    outputs = {
+        LOGITS: TensorInfo(_own_float(engine.outputs, LOGITS), (rows, 1, language.vocab)),
+        TOKEN: TensorInfo(np.dtype(np.int64), (rows, 1)),
+        LOGITS_SUM: TensorInfo(_own_float(engine.outputs, LOGITS_SUM), (rows, 1)),
+    }
     cache = TensorInfo(
         np.dtype(manifest.precision.cache), (rows, language.kv_heads, capacity, language.head_size)
     )

@@ -1,6 +1,7 @@
 """The backends by name, and the door to them."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from uhd_export.runtime.engines.base import Engine
@@ -38,12 +39,19 @@ def open_engine(
     """
     if threads is not None and threads < 1:
         raise UhdError(f"threads {threads}: must be at least 1 (None means all cores)")
+    engine = engine_class(backend)
+    device = device or default_device(backend)
+    opened: Engine = engine(Path(path), device=device, threads=threads, profile=profile)
+    return opened
+
+
+def engine_class(backend: str) -> Callable[..., Engine]:
+    """What opens a graph with `backend`. Raises UhdError where it is unknown or not installed."""
     if backend not in _BACKENDS:
         raise UhdError(f"backend {backend!r}: unknown; use one of {', '.join(_BACKENDS)}")
-    module, name, usual, install = _BACKENDS[backend]
+    module, name, _, install = _BACKENDS[backend]
     try:
-        engine = getattr(importlib.import_module(module), name)
+        engine: Callable[..., Engine] = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise UhdError(f"backend {backend}: not installed ({error}); {install}") from None
-    opened: Engine = engine(Path(path), device=device or usual, threads=threads, profile=profile)
-    return opened
+    return engine

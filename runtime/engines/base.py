@@ -2,7 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,17 @@ class Binding(ABC):
     """Size of the persistent buffers, each counted once."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+    def infer(
+        self,
+        feeds: Mapping[str, Array],
+        stop: Stop | None = None,
+        *,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Run once: `feeds` are the inputs that are not bound, the result the outputs that are not.
 
-        Raises Stopped where `stop` ended it; what the buffers hold of this run is then undefined.
+        With `outputs`, these alone are copied to this machine's memory. Raises Stopped where `stop` ended it;
+        what the buffers hold of this run is then undefined.
         """
 
     def rows(self, start: int, stop: int) -> "Binding":
@@ -130,6 +137,10 @@ class Engine(ABC):
         `dtype` is the type in which it will be fed; in this machine's memory the pieces keep theirs.
         """
         return np.concatenate(pieces)
+
+    def keep(self, array: NDArray[Any]) -> Array:
+        """`array` where the engine reads it without a copy, to be fed again and again."""
+        return array
 
     def fetch(self, array: Array) -> NDArray[Any]:
         """`array` in this machine's memory."""

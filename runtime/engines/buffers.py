@@ -37,6 +37,12 @@ class Buffer:
             memory.update_inplace(np.zeros(shape, dtype))
         return cls(memory, device, dtype, shape)
 
+    @classmethod
+    def of(cls, array: NDArray[Any], device: Device) -> Self:
+        """A copy of `array`."""
+        memory = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device.kind, device.number)
+        return cls(memory, device, array.dtype, array.shape)
+
     @property
     def nbytes(self) -> int:
         """Size of the rows that are meant."""

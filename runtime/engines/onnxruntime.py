@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +12,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.arena import share_arena, shrink_arena
-from uhd_export.runtime.engines.base import Binding, Engine, Stop, Stopped, TensorInfo, check_feeds
+from uhd_export.runtime.engines.base import (
+    Array,
+    Binding,
+    Engine,
+    Stop,
+    Stopped,
+    TensorInfo,
+    check_feeds,
+)
 from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, describe, parse_device
+from uhd_export.runtime.engines.fetch import Fetch
 from uhd_export.runtime.engines.interruptible import Caller
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
@@ -58,6 +67,7 @@ class OrtEngine(Engine):
         graph: bytes | None = None,
     ) -> None:
         self._caller = Caller()
+        self._alone: OrtBinding | None = None  # for runs with nothing bound, on a device
         self._seconds: dict[int, float] = {}  # of the last run, by the bytes it was fed
         self._bindings: weakref.WeakSet[OrtBinding] = weakref.WeakSet()
         self.device = parse_device(device)
@@ -111,13 +121,20 @@ class OrtEngine(Engine):
         files = [self.path, self.path.with_name(f"{self.path.name}.data")]
         self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
-        """See `Engine.infer`."""
+    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+        """See `Engine.infer`. Feeds may be what `keep` returned."""
+        if self.device.kind != "cpu":
+            self._alone = self._alone or OrtBinding(self, {}, {})
+            return self._alone.infer(feeds, stop)
         check_feeds(feeds, self.inputs, {})
         with self.errors():
             results = self.run(lambda options: self.session.run(None, dict(feeds), options), feeds, stop)
         # They lie in the arena, where the least of them keeps a whole block from being returned.
         return {name: np.array(result) for name, result in zip(self.outputs, results, strict=True)}
+
+    def keep(self, array: NDArray[Any]) -> Array:
+        """See `Engine.keep`."""
+        return array if self.device.kind == "cpu" else Buffer.of(array, self.device)
 
     def bind(self, shared: Mapping[str, str], sizes: Mapping[str, int]) -> "OrtBinding":
         """See `Engine.bind`."""
@@ -125,9 +142,7 @@ class OrtEngine(Engine):
         self._bindings.add(binding)
         return binding
 
-    def run(
-        self, run: Callable[[ort.RunOptions], T], feeds: Mapping[str, NDArray[Any]], stop: Stop | None
-    ) -> T:
+    def run(self, run: Callable[[ort.RunOptions], T], feeds: Mapping[str, Array], stop: Stop | None) -> T:
         """`run` with options through which `stop`, or Ctrl-C, ends it. Raises Stopped where `stop` did."""
         options = ort.RunOptions()
         size = sum(array.nbytes for array in feeds.values())
@@ -169,6 +184,7 @@ class OrtEngine(Engine):
         for binding in self._bindings:
             binding.close()
         self._bindings.clear()
+        self._alone = None
         if hasattr(self, "session"):
             del self.session
             self.trim()
@@ -185,48 +201,37 @@ class OrtBinding(Binding):
         buffers: Mapping[str, Buffer] | None = None,
     ) -> None:
         self._engine, self._shared, self._sizes = engine, dict(shared), dict(sizes)
-        self._binding = engine.session.io_binding()
         self._buffers = dict(buffers or {})
         self.nbytes = 0
         _check_placement(engine, shared)
-        for past, present in shared.items():
+        for past in shared:
             info = engine.inputs[past]
             if past not in self._buffers:
                 self._buffers[past] = Buffer.zeros(info.resolve(sizes), info.dtype, engine.device)
-            buffer = self._buffers[past]
-            self.nbytes += buffer.nbytes
-            self._binding.bind_input(past, *buffer.place)
-            self._binding.bind_output(present, *buffer.place)
-        # Outputs of known shape are bound once too, to host memory.
-        self._results: dict[str, ort.OrtValue] = {}
-        self._free: list[str] = []
-        for name in engine.outputs.keys() - set(shared.values()):
-            info = engine.outputs[name]
-            if any(isinstance(d, str) and d not in sizes for d in info.shape):
-                self._free.append(name)
-            else:
-                result = ort.OrtValue.ortvalue_from_shape_and_type(info.resolve(sizes), info.dtype)
-                self._results[name] = result
-                self._binding.bind_ortvalue_output(name, result)
+            self.nbytes += self._buffers[past].nbytes
+        self._fetches: dict[frozenset[str], Fetch] = {}
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+    def infer(
+        self,
+        feeds: Mapping[str, Array],
+        stop: Stop | None = None,
+        *,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`."""
-        check_feeds(feeds, self._engine.inputs, self._shared)
-        for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name in self._free:  # anew each time, since the shape may change
-            self._binding.bind_output(name, "cpu")
-        with self._engine.errors():
-            session = self._engine.session
-            self._engine.run(lambda options: session.run_with_iobinding(self._binding, options), feeds, stop)
-        if not self._engine.updates_in_place and self._shared:
+        engine = self._engine
+        check_feeds(feeds, engine.inputs, self._shared)
+        wanted = frozenset(engine.outputs.keys() - set(self._shared.values()) if outputs is None else outputs)
+        if wanted not in self._fetches:
+            tensors = {name: engine.outputs[name] for name in wanted}
+            self._fetches[wanted] = Fetch(engine.session, self._shared, self._buffers, tensors, self._sizes)
+        fetch = self._fetches[wanted]
+        with engine.errors():
+            fetch.feed(feeds)
+            engine.run(fetch.run, feeds, stop)
+        if not engine.updates_in_place and self._shared:
             self._check_update()
-        results = dict(self._results)
-        if self._free:  # bound last, so they are the last outputs
-            values = self._binding.get_outputs()[-len(self._free) :]
-            results.update(zip(self._free, values, strict=True))
-        # On the CPU `numpy` only borrows the memory, which the next run overwrites.
-        return {name: value.numpy().copy() for name, value in results.items()}
+        return fetch.results()
 
     def rows(self, start: int, stop: int) -> "OrtBinding":
         """See `Binding.rows`."""
@@ -241,9 +246,8 @@ class OrtBinding(Binding):
 
     def close(self) -> None:
         """Let go of the session and the buffers; it cannot be used afterwards. May be repeated."""
-        self.__dict__.pop("_binding", None)
+        self._fetches.clear()
         self._buffers.clear()
-        self._results.clear()
 
     def read(self, name: str) -> NDArray[Any]:
         """See `Binding.read`."""

@@ -19,6 +19,8 @@ PIXELS, TOKENS = "pixels", "tokens"
 MAX_BATCH = 10
 # Of a processor: more patches a run take memory, and are not faster. Two crops of 336x336.
 ENOUGH_ROWS = 1200
+# Shapes whose geometry is kept: half a megabyte each on the device, three where a crop is narrow.
+_SHAPES = 16
 
 
 def batch_size(grid: tuple[int, int], rows: int | None) -> int:
@@ -27,7 +29,10 @@ def batch_size(grid: tuple[int, int], rows: int | None) -> int:
 
 
 class VisionEncoder:
-    """Runs the vision engine on crops of any shape; geometry is computed once a shape and grid mode."""
+    """Runs the vision engine on crops of any shape.
+
+    Geometry is computed once a shape and grid mode, and stays on the engine's device for the last few.
+    """
 
     def __init__(self, engine: Engine, model: ModelConfig, *, roi_rounding: str = "exact") -> None:
         self.engine = engine
@@ -36,7 +41,7 @@ class VisionEncoder:
         self._model, self._roi_rounding = model, roi_rounding
         self._names = engine.inputs.keys() - {PIXELS}
         self._dtype = engine.inputs[PIXELS].dtype
-        self.geometry = lru_cache(maxsize=32)(self._geometry)
+        self.geometry = lru_cache(maxsize=_SHAPES)(self._geometry)
 
     def encode(self, crops: Sequence[NDArray[Any]], grid_mode: str) -> list[NDArray[Any]]:
         """One float32 (tokens, D) array for each uint8 (h, w, 3) crop; sides are multiples of the patch.
@@ -76,7 +81,7 @@ class VisionEncoder:
 
     def batches(
         self, crops: Sequence[NDArray[Any]], grid_mode: str
-    ) -> Iterator[tuple[list[int], dict[str, NDArray[Any]]]]:
+    ) -> Iterator[tuple[list[int], dict[str, Array]]]:
         """The engine's runs for `crops`: which of them, and the inputs, each made when it is due."""
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, crop in enumerate(crops):
@@ -92,16 +97,17 @@ class VisionEncoder:
         patch = self._model.vision.patch
         return batch_size((shape[0] // patch, shape[1] // patch), self.rows)
 
-    def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, NDArray[Any]]:
+    def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, Array]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""
         patch = self._model.vision.patch
         rows, cols = pixels.shape[2] // patch, pixels.shape[3] // patch
         return {PIXELS: pixels.astype(self._dtype, copy=False), **self.geometry(rows, cols, grid_mode)}
 
-    def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, NDArray[Any]]:
+    def _geometry(self, rows: int, cols: int, grid_mode: str) -> dict[str, Array]:
         available = self._model.geometry(rows, cols, grid_mode=grid_mode, roi_rounding=self._roi_rounding)
         unknown = sorted(self._names - available.keys())
         if unknown:
             raise UhdError(f"vision engine: unknown inputs {', '.join(unknown)}; build the bundle again")
         inputs = self.engine.inputs
-        return {name: available[name].astype(inputs[name].dtype, copy=False) for name in self._names}
+        matrices = {name: available[name].astype(inputs[name].dtype, copy=False) for name in self._names}
+        return {name: self.engine.keep(matrix) for name, matrix in matrices.items()}

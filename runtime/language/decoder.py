@@ -1,7 +1,7 @@
 """Decoding with a KV cache of fixed capacity that stays on the device and can be rewound."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from uhd_export.runtime.errors import UhdError
 # Names of a language graph's inputs and outputs.
 EMBEDS = "inputs_embeds"
 LOGITS = "logits"
+# The first of the greatest logits, and their sum, which is a finite number where all of them are.
+TOKEN, LOGITS_SUM = "token", "logits_sum"
 PAST = "past_key_values.{}.{}"
 PRESENT = "present.{}.{}"
 KEY_VALUE = ("key", "value")
@@ -30,10 +32,11 @@ _LEAST_VISIBLE = 512
 def visible_sizes(context: int) -> list[int]:
     """How much of a cache of `context` positions attention may be told to read: 512, 1024, ... and all.
 
-    An engine has kernels for these sizes alone, and a CUDA graph for each that is met.
+    An engine has kernels for these sizes alone, and a CUDA graph for each that is met. A part is copied
+    before it is read, all is read where it lies: parts of a third or more would move more bytes than all.
     """
     sizes: list[int] = []
-    while _LEAST_VISIBLE << len(sizes) < context:
+    while 3 * (_LEAST_VISIBLE << len(sizes)) < context:
         sizes.append(_LEAST_VISIBLE << len(sizes))
     return [*sizes, context]
 
@@ -90,19 +93,15 @@ class Decoder:
         memory of activations. Raises UhdError where the positions do not fit, without changing the cache, or
         where the logits are no numbers; Stopped where `stop` ended it.
         """
-        embeds = self._check(embeds)
-        size = embeds.shape[1] if chunk is None else chunk
-        if size < 1:
-            raise UhdError(f"prefill chunk: {size} positions; use at least 1")
-        for start in range(0, embeds.shape[1], size):
-            logits = self._run(embeds[:, start : start + size], stop)
-        if embeds.shape[1] > 1:
-            self._engine.trim()
-        return logits
+        return self._append(embeds, chunk, stop, (LOGITS,))[LOGITS].reshape(-1)
 
     def step(self, embeds: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position, (D,), (1, D) or (1, 1, D); float32 logits (vocab,) of the next."""
-        return self._run(self._check(embeds.reshape(1, 1, -1)), stop)
+        return self.prefill(embeds.reshape(1, 1, -1), stop=stop)
+
+    def greedy(self, embeds: NDArray[Any], *, chunk: int | None = None, stop: Stop | None = None) -> int:
+        """As `prefill`, but the likeliest token, the first of equals, which is all that leaves the device."""
+        return int(self._append(embeds, chunk, stop, (TOKEN, LOGITS_SUM))[TOKEN].item())
 
     def rewind(self, length: int) -> None:
         """Drop all positions from `length` on, so that another question can follow what came before."""
@@ -122,7 +121,25 @@ class Decoder:
             )
         return embeds.astype(self._dtype, copy=False)
 
-    def _run(self, embeds: NDArray[Any], stop: Stop | None) -> NDArray[Any]:
+    def _append(
+        self, embeds: NDArray[Any], chunk: int | None, stop: Stop | None, outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[Any]]:
+        """The `outputs` after the last of `embeds`, all finite."""
+        embeds = self._check(embeds)
+        count = embeds.shape[1]
+        size = count if chunk is None else chunk
+        if size < 1:
+            raise UhdError(f"prefill chunk: {size} positions; use at least 1")
+        for start in range(0, count, size):
+            last = start + size >= count
+            results = self._run(embeds[:, start : start + size], stop, outputs if last else ())
+        if count > 1:
+            self._engine.trim()
+        return results
+
+    def _run(
+        self, embeds: NDArray[Any], stop: Stop | None, outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[Any]]:
         past, total = self.length, self.length + embeds.shape[1]
         positions: dict[str, NDArray[Any]] = {
             SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
@@ -132,9 +149,23 @@ class Decoder:
         if VISIBLE in self._positions:
             positions[VISIBLE] = visible(total, self._capacity)
         feeds: dict[str, Array] = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
-        logits = check_finite(self._cache.infer(feeds, stop)[LOGITS].reshape(-1))
+        results = self._cache.infer(feeds, stop, outputs=outputs)
+        for name in outputs:
+            check_finite(results[name])
         self.length = total
-        return logits
+        return results
+
+
+class Greedy(NamedTuple):
+    """What greedy decoding needs of a position's logits: `token`, and their sum, finite where they are."""
+
+    token: int
+    logits_sum: float
+
+    def checked(self) -> int:
+        """The token. Raises UhdError where the logits were no numbers."""
+        check_finite(np.asarray(self.logits_sum))
+        return self.token
 
 
 def check_finite(logits: NDArray[Any]) -> NDArray[Any]:

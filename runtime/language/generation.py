@@ -1,8 +1,9 @@
 """Generation: prompts as sequences in, tokens and answers out, one after the other."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -99,18 +100,13 @@ class TextGenerator:
                 pieces.append(rows[max(start - segment.start, 0) :])
         return self._engine.gather(pieces, self._engine.inputs[EMBEDS].dtype)
 
-    def prefill(
-        self, sequence: PromptSequence, watch: Stopwatch | None = None, stop: Stop | None = None
-    ) -> NDArray[Any]:
+    def prefill(self, sequence: PromptSequence) -> NDArray[Any]:
         """float32 (vocab,) logits after `sequence`, running only what the cache does not hold."""
-        watch = watch or Stopwatch()
-        embeds = self.embeds(sequence, self.prefix.match(sequence.keys), watch, stop)
-        with watch.stage("prefill"):
-            return self.prefix.prefill(sequence.keys, embeds, stop)
+        return self.prefix.prefill(sequence.keys, self.embeds(sequence, self.prefix.match(sequence.keys)))
 
-    def step(self, token: int, stop: Stop | None = None) -> NDArray[Any]:
+    def step(self, token: int) -> NDArray[Any]:
         """float32 (vocab,) logits after one more `token`."""
-        return self.prefix.step(token, self._table.rows([token])[0], stop)
+        return self.prefix.step(token, self._table.rows([token])[0])
 
     def tokens(
         self, sequence: PromptSequence, max_new_tokens: int, sampling: Sampling | None = None
@@ -145,16 +141,36 @@ class TextGenerator:
             with self._turns.begin(turn):
                 progress.started = True
                 progress.cached_tokens = self.prefix.match(sequence.keys)
-                logits = self.prefill(sequence, watch, stop)
-                token = sample(logits, sampling, random)
+                embeds = self.embeds(sequence, progress.cached_tokens, watch, stop)
+                with watch.stage("prefill"):
+                    token = self._first(sequence.keys, embeds, sampling, random, stop)
             while not self._last(token, max_new_tokens, progress):
                 yield token
                 with self._turns.go_on(turn), watch.stage("decode"):
-                    logits = penalised(self.step(token, stop), progress.ids, sampling)
-                    token = sample(logits, sampling, random)
+                    token = self._next(progress.ids, sampling, random, stop)
         finally:
             self._turns.end(turn)
         yield token
+
+    def _first(
+        self,
+        keys: Sequence[Hashable],
+        embeds: Array,
+        sampling: Sampling,
+        random: np.random.Generator,
+        stop: Stop,
+    ) -> int:
+        """The token after the prompt `keys`, of which `embeds` are not in the cache."""
+        if sampling.greedy:
+            return self.prefix.prefill_greedy(keys, embeds, stop)
+        return sample(self.prefix.prefill(keys, embeds, stop), sampling, random)
+
+    def _next(self, ids: Sequence[int], sampling: Sampling, random: np.random.Generator, stop: Stop) -> int:
+        """The token after the answer so far, `ids`."""
+        token, embed = ids[-1], self._table.rows(ids[-1:])[0]
+        if sampling.greedy:
+            return self.prefix.step_greedy(token, embed, stop)
+        return sample(penalised(self.prefix.step(token, embed, stop), ids, sampling), sampling, random)
 
     def _last(self, token: int, max_new_tokens: int, progress: Progress) -> bool:
         """Whether the answer ends with `token`, which joins it."""

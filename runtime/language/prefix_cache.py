@@ -1,6 +1,7 @@
 """Prefix reuse: what each position of a decoder's cache holds, so that only new positions are run."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -37,21 +38,41 @@ class PrefixCache:
 
         Those before them are in the cache, see `match`.
         """
-        start = len(keys) - len(embeds)
-        # What is dropped is forgotten before anything runs: an interrupted run leaves a valid prefix.
-        del self._keys[start:]
-        self._decoder.rewind(start)
-        logits = self._decoder.prefill(embeds, chunk=self.chunk, stop=stop)
-        self._keys.extend(keys[start:])
-        self.prefilled = len(embeds)
-        return logits
+        with self._appending(keys, len(embeds)):
+            return self._decoder.prefill(embeds, chunk=self.chunk, stop=stop)
+
+    def prefill_greedy(self, keys: Sequence[Hashable], embeds: Array, stop: Stop | None = None) -> int:
+        """As `prefill`, but the likeliest token (see `Decoder.greedy`)."""
+        with self._appending(keys, len(embeds)):
+            return self._decoder.greedy(embeds, chunk=self.chunk, stop=stop)
 
     def step(self, key: Hashable, embed: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position; float32 logits (vocab,) of the next."""
+        with self._following(key):
+            return self._decoder.step(embed, stop)
+
+    def step_greedy(self, key: Hashable, embed: NDArray[Any], stop: Stop | None = None) -> int:
+        """As `step`, but the likeliest token."""
+        with self._following(key):
+            return self._decoder.greedy(embed.reshape(1, -1), stop=stop)
+
+    @contextmanager
+    def _appending(self, keys: Sequence[Hashable], count: int) -> Iterator[None]:
+        """The block runs the last `count` of `keys`, before which it finds the others."""
+        start = len(keys) - count
+        # What is dropped is forgotten before anything runs: an interrupted run leaves a valid prefix.
+        del self._keys[start:]
+        self._decoder.rewind(start)
+        yield
+        self._keys.extend(keys[start:])
+        self.prefilled = count
+
+    @contextmanager
+    def _following(self, key: Hashable) -> Iterator[None]:
+        """The block runs one position more."""
         del self._keys[self._decoder.length :]
-        logits = self._decoder.step(embed, stop)
+        yield
         self._keys.append(key)
-        return logits
 
     def forget(self) -> None:
         """Drop everything, so that the next prefill runs in full."""

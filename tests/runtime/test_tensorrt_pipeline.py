@@ -106,7 +106,13 @@ def test_engines_that_cannot_be_built_are_refused_as_options():
 
 
 @pytest.mark.parametrize(
-    "option", [("--compute-capability", "8.9"), ("--workspace", "64"), ("--no-plugins",)]
+    "option",
+    [
+        ("--compute-capability", "8.9"),
+        ("--workspace", "64"),
+        ("--no-plugins",),
+        ("--attention-accumulation", "float16"),
+    ],
 )
 def test_options_of_engines_need_a_backend_that_builds_them(fails, tmp_path, option):
     line = fails("build", "nano", "-o", tmp_path / "out", *option)

@@ -118,6 +118,9 @@ class Interpreter:
         (axis,) = _axes(layer.axes, inputs[0].ndim)
         return inputs[0].softmax(axis)
 
+    def _select(self, layer, inputs):
+        return torch.where(*inputs)
+
     def _reduce(self, layer, inputs):
         axes = _axes(layer.axes, inputs[0].ndim)
         function = {"SUM": torch.sum, "AVG": torch.mean, "MAX": torch.amax, "MIN": torch.amin}[layer.op.name]

@@ -46,6 +46,7 @@ from uhd_export.runtime.bundle.manifest import (
     Quantization,
     write_manifest,
 )
+from uhd_export.runtime.engines.backends import engine_class
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.image.source import open_image
@@ -92,6 +93,8 @@ def build_bundle(
     cost = _check_before(folder, config, out, options, force, quantize is not None)
     if on_cost is not None:
         on_cost(cost)
+    if verify:
+        _refuse_unverifiable()
     before = folder
     if quantize is not None:
         source = folder = quantize()
@@ -160,6 +163,14 @@ def _check_before(
         quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
     return estimate_cost(config, options, quantization, quantizing)
+
+
+def _refuse_unverifiable() -> None:
+    """Raise UhdError where nothing runs the graphs, which are compared with PyTorch after an hour of work."""
+    try:
+        engine_class("onnxruntime")
+    except UhdError as error:
+        raise UhdError(f"--verify: runs the graphs; {error}; or use --no-verify") from None
 
 
 def _refuse_failed(parity: Sequence[Parity]) -> None:
@@ -261,6 +272,7 @@ def _write_language(
             cache=FloatCache(options.cache_type) if cache is None else cache.cache,
             linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
+            attention_accumulation=options.attention_accumulation,
             progress=bar.set,
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:

@@ -68,6 +68,11 @@ class BuildOptions:
         return "onnxruntime" if self.engines is None else "tensorrt"
 
     @property
+    def attention_accumulation(self) -> str:
+        """The type in which attention adds up its products, where the backend leaves it to the graph."""
+        return "float32" if self.engines is None else self.engines.attention_accumulation
+
+    @property
     def precision(self) -> str:
         """The type of weights and activations."""
         return self.dtype or ("float32" if self.engines is None else "float16")

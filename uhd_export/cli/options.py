@@ -13,6 +13,7 @@ from uhd_export.cli.command import concern, option
 from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, HEADS, WEIGHTS, WeightOptions
 from uhd_export.runtime.choices import (
     BACKENDS,
+    DTYPES,
     GRID_MODES,
     GROUP_SIZES,
     LAYOUTS,
@@ -227,11 +228,15 @@ calibration_options = (
 
 
 def _engines(
-    backend: str, compute_capabilities: Sequence[str], plugins: bool, workspace: int | None
+    backend: str,
+    compute_capabilities: Sequence[str],
+    plugins: bool,
+    workspace: int | None,
+    attention_accumulation: str,
 ) -> "EngineOptions | None":
     from uhd_export.tensorrt.engines import engine_options
 
-    return engine_options(backend, compute_capabilities, plugins, workspace)
+    return engine_options(backend, compute_capabilities, plugins, workspace, attention_accumulation)
 
 
 engine_options = concern(
@@ -255,5 +260,12 @@ engine_options = concern(
     option("--plugins/--no-plugins", default=True, help="Engines with our own kernels.", section=ENGINES),
     option(
         "--workspace", type=COUNT, metavar="MIB", help="Scratch memory of engine layers.", section=ENGINES
+    ),
+    option(
+        "--attention-accumulation",
+        default="float32",
+        type=click.Choice(DTYPES),
+        help="In which type an engine's attention adds up.",
+        section=ENGINES,
     ),
 )

@@ -45,9 +45,12 @@ class Dialect(ABC):
         dtype: ir.DataType,
         context: int,
         cache: CacheFormat,
+        accumulation: ir.DataType = ir.DataType.FLOAT,
     ) -> None:
         self.config, self.source, self.dtype, self.context = config, source, dtype, context
         self.cache = cache
+        # In which attention adds up its products, where the backend leaves it to the graph.
+        self.accumulation = accumulation
         self.builder = GraphBuilder("language", opset=self.opset)
         self.embeds = self.builder.input(EMBEDS, dtype, (self.rows, "sequence", config.hidden))
         self._declare_positions()
@@ -100,6 +103,10 @@ class Dialect(ABC):
         `qkv` is (rows, S, (heads + 2 * kv_heads) * head_size): q, k and v side by side. The result is
         (rows, S, heads * head_size).
         """
+
+    def first_greatest(self, logits: ir.Value) -> ir.Value:
+        """(rows, 1) int64: where in (rows, 1, vocab) the greatest is, the first of equals."""
+        return self.builder.op("ArgMax", logits, axis=-1, keepdims=0)
 
     def declare_present(self) -> None:
         """Declare the updated caches as outputs, after all layers."""
@@ -199,10 +206,11 @@ class TensorRtDialect(Dialect):
         dtype: ir.DataType,
         context: int,
         cache: CacheFormat,
+        accumulation: ir.DataType = ir.DataType.FLOAT,
     ) -> None:
         if cache.type != dtype:
             raise UhdError(f"cache: the tensorrt dialect keeps it in the type of the activations, {dtype}")
-        super().__init__(config, source, dtype, context, cache)
+        super().__init__(config, source, dtype, context, cache, accumulation)
 
     @property
     def capacity(self) -> int:
@@ -259,9 +267,26 @@ class TensorRtDialect(Dialect):
         name = f"model.layers.{layer}.self_attn"
         zero, axis = builder.constant([0]), builder.constant([2])
         seen = [builder.op("Slice", cache, zero, self._visible, axis) for cache in (key, value)]
+        # Else a fused kernel for float16 adds up in float16 too. Casts of the cache are no work: the kernel
+        # reads it as it is.
+        wide = self.accumulation == ir.DataType.FLOAT != self.dtype
+        q, *seen = (builder.op("Cast", x, to=self.accumulation) if wide else x for x in (q, *seen))
         out = builder.op("Attention", q, *seen, mask, name=name)
+        out = builder.op("Cast", out, to=self.dtype) if wide else out
         out = builder.op("Transpose", out, perm=[0, 2, 1, 3])
         return builder.reshape(out, (1, -1, config.heads * config.head_size))
+
+    def first_greatest(self, logits: ir.Value) -> ir.Value:
+        """Spelled out: which of equals TensorRT's own search finds is not documented.
+
+        It becomes one kernel, with the sum of the logits.
+        """
+        builder, vocab = self.builder, self.config.vocab
+        last = builder.constant([-1])
+        greatest = builder.op("Equal", logits, builder.op("ReduceMax", logits, last, keepdims=1))
+        ids, none = (builder.constant(x, np.int32) for x in (np.arange(vocab), vocab))
+        token = builder.op("ReduceMin", builder.op("Where", greatest, ids, none), last, keepdims=0)
+        return builder.op("Cast", token, to=ir.DataType.INT64)
 
 
 DIALECTS: dict[str, type[Dialect]] = {"onnxruntime": OnnxRuntimeDialect, "tensorrt": TensorRtDialect}

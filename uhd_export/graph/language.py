@@ -1,9 +1,10 @@
 """The language model as an ONNX graph, emitted layer by layer from tensors that are read while writing.
 
 Inputs: inputs_embeds (B, S, D), the cache `past_key_values.I.key|value` (B, kv_heads, capacity, head_size),
-and the dialect's position inputs. Outputs: `logits` (B, 1, vocab) float32 of the last position, and the
-updated cache `present.I.key|value`, which a backend binds to the same buffers as the past. B is free in the
-onnxruntime dialect, where each row has a length of its own, and 1 in the tensorrt dialect.
+and the dialect's position inputs. Outputs: `logits` (B, 1, vocab) float32 of the last position, what greedy
+decoding needs of them (`token` (B, 1) int64, the first of the greatest, and `logits_sum` (B, 1) float32), and
+the updated cache `present.I.key|value`, which a backend binds to the same buffers as the past. B is free in
+the onnxruntime dialect, where each row has a length of its own, and 1 in the tensorrt dialect.
 """
 
 import os
@@ -27,7 +28,7 @@ from uhd_export.graph.linear import (
 )
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.language.decoder import LOGITS
+from uhd_export.runtime.language.decoder import LOGITS, LOGITS_SUM, TOKEN
 from uhd_export.runtime.progress import Progress
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -43,6 +44,7 @@ def emit_language(
     dialect: str = "onnxruntime",
     linear: LinearFormat | None = None,
     context: int | None = None,
+    attention_accumulation: str = "float32",
     progress: Progress | None = None,
 ) -> Path:
     """Write the language model to `path`, with its weights in `PATH.data` beside it.
@@ -50,12 +52,14 @@ def emit_language(
     `tensors` is a checkpoint, or a function from official tensor names to tensors. `dtype` is the type of
     activations and dense weights; `cache` how keys and values are kept (default: in `dtype`); `linear` the
     weight format (default `Dense()`); `context` the number of positions of the rotary tables (default: the
-    model's own). `progress(done, total)` is called before each tensor of the external data is written. One
-    tensor is in memory at a time. Raises UhdError for an unsupported dtype, dialect or cache, a missing
-    tensor or a wrong shape; then nothing is left at `path`.
+    model's own). `attention_accumulation` is the type in which the tensorrt dialect's attention adds up
+    products; ONNX Runtime's kernels do so in float32. `progress(done, total)` is called before each tensor of
+    the external data is written. One tensor is in memory at a time. Raises UhdError for an unsupported type,
+    dialect or cache, a missing tensor or a wrong shape; then nothing is left at `path`.
     """
-    if dtype not in DTYPES:
-        raise UhdError(f"language dtype: {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    for name, value in (("dtype", dtype), ("attention_accumulation", attention_accumulation)):
+        if value not in DTYPES:
+            raise UhdError(f"language {name}: {value!r} is not supported; use one of {', '.join(DTYPES)}")
     if dialect not in DIALECTS:
         raise UhdError(f"language dialect: {dialect!r} is not supported; use one of {', '.join(DIALECTS)}")
     context = config.context if context is None else context
@@ -64,7 +68,8 @@ def emit_language(
     if isinstance(cache, Int8Cache):
         cache.check(config)
     source = TensorSource(tensors)
-    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context, cache)
+    accumulation = DTYPES[attention_accumulation]
+    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context, cache, accumulation)
     graph.builder.metadata = {
         "dtype": dtype,
         "dialect": dialect,
@@ -137,6 +142,9 @@ def _emit(graph: Dialect, linear: LinearFormat) -> None:
     if graph.dtype != ir.DataType.FLOAT:
         logits = builder.op("Cast", logits, to=ir.DataType.FLOAT)
     builder.output(logits, LOGITS, ir.DataType.FLOAT, (graph.rows, 1, config.vocab), direct=True)
+    builder.output(graph.first_greatest(logits), TOKEN, ir.DataType.INT64, (graph.rows, 1), direct=True)
+    total = builder.op("ReduceSum", logits, builder.constant([-1]), keepdims=0)
+    builder.output(total, LOGITS_SUM, ir.DataType.FLOAT, (graph.rows, 1), direct=True)
     graph.declare_present()
 
 

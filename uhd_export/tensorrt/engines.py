@@ -7,7 +7,7 @@ from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.fields import choice
 from uhd_export.plugins.tensorrt.plugin import kernel_capability
 from uhd_export.runtime.bundle.manifest import LANGUAGE, VISION, part_files
-from uhd_export.runtime.choices import BACKENDS, ENGINE_BACKENDS
+from uhd_export.runtime.choices import BACKENDS, DTYPES, ENGINE_BACKENDS
 from uhd_export.runtime.engines.tensorrt.backend import open_tensorrt
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import TOKENS
@@ -21,6 +21,7 @@ def engine_options(
     compute_capabilities: Sequence[str] = (),
     plugins: bool = True,
     workspace: int | None = None,
+    attention_accumulation: str = EngineOptions.attention_accumulation,
 ) -> EngineOptions | None:
     """How to build engines, or None where `backend` runs the graphs themselves. `workspace` is in MiB.
 
@@ -28,11 +29,13 @@ def engine_options(
     an option for engines is given to one that has none.
     """
     choice("backend", backend, BACKENDS)
+    choice("attention_accumulation", attention_accumulation, DTYPES)
     if backend not in ENGINE_BACKENDS:
         given = {
             "--compute-capability": compute_capabilities,
             "--no-plugins": not plugins,
             "--workspace": workspace,
+            "--attention-accumulation": attention_accumulation != EngineOptions.attention_accumulation,
         }
         for option in (option for option, value in given.items() if value):
             raise UhdError(f"{option}: is for engines; give it with --backend {' or '.join(ENGINE_BACKENDS)}")
@@ -42,6 +45,7 @@ def engine_options(
         compute_capabilities=tuple(compute_capabilities),
         plugins=plugins,
         workspace=None if workspace is None else workspace * 2**20,
+        attention_accumulation=attention_accumulation,
     )
     targets = target_capabilities(open_tensorrt(backend), options)
     if plugins:

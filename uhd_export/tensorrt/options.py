@@ -20,6 +20,7 @@ class EngineOptions:
     DEFAULT_CAPABILITIES, and with backend "tensorrt", which knows no targets, the GPU at hand. `plugins`
     says whether custom operators run as plugins or as their function bodies. `workspace` is the most
     scratch memory of one layer in bytes. `tf32` lets float32 products round to TF32.
+    `attention_accumulation` is the type in which the language model's attention adds up its products.
     """
 
     backend: str = "tensorrt-rtx"
@@ -27,6 +28,7 @@ class EngineOptions:
     plugins: bool = True
     workspace: int | None = None
     tf32: bool = False
+    attention_accumulation: str = "float32"
 
 
 def target_capabilities(trt: ModuleType, options: EngineOptions) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import functools
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,6 +95,13 @@ class TensorrtEngine(Engine):
         """(S, D) rows of all pieces on the device; see `memory.gather`."""
         with self.cuda.lock:
             return gather(self.cuda, pieces, dtype)
+
+    def keep(self, array: NDArray[Any]) -> DeviceArray:
+        """See `Engine.keep`."""
+        with self.cuda.lock:
+            kept = DeviceArray.allocate(self.cuda, array.shape, array.dtype)
+            self.cuda.copy_in(kept.address, np.ascontiguousarray(array))
+        return kept
 
     def fetch(self, array: Array) -> NDArray[Any]:
         """A copy of `array` on the host."""
@@ -218,11 +225,19 @@ class TensorrtBinding(Binding):
         self._bound = bound
         self._contexts: dict[int, Context] = {}
 
-    def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
+    def infer(
+        self,
+        feeds: Mapping[str, Array],
+        stop: Stop | None = None,
+        *,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """See `Binding.infer`. Feeds may be device arrays too, which are read where they are."""
         check_feeds(feeds, self._engine.inputs, self._shared)
         with self._engine.cuda.lock:
-            return self._engine._fetch(self._context(feeds).run(feeds))
+            arrays = self._context(feeds).run(feeds)
+            wanted = arrays.keys() if outputs is None else outputs
+            return self._engine._fetch({name: arrays[name] for name in wanted})
 
     def _context(self, feeds: Mapping[str, Array]) -> Context:
         """The context for these shapes: one for each profile, so that a prompt leaves decoding's graph alone.

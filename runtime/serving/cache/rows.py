@@ -13,15 +13,21 @@ from uhd_export.runtime.language.decoder import (
     EMBEDS,
     KEY_VALUE,
     LOGITS,
+    LOGITS_SUM,
     PAST,
     PRESENT,
     ROWS,
     SEQUENCE_LENGTHS,
+    TOKEN,
     TOTAL_LENGTH,
     VISIBLE,
     WRITE_INDEX,
+    Greedy,
     visible,
 )
+
+Results = dict[str, NDArray[Any]]
+_LOGITS, _GREEDY = (LOGITS,), (TOKEN, LOGITS_SUM)
 
 
 class Rows:
@@ -61,16 +67,12 @@ class Rows:
 
     def append(self, row: int, embeds: Array, stop: Stop | None = None) -> NDArray[Any]:
         """Append (S, D) embeddings to `row`; float32 logits (vocab,) of the last. Stopped changes nothing."""
-        start, total = self.lengths[row], self.lengths[row] + len(embeds)
-        if total > self.context:
-            raise UhdError(f"context: {total} positions are needed, but a slot holds {self.context}")
-        embeds = embeds.astype(self._dtype, copy=False)
-        if self.together and start == 0:
-            self._first[row] = embeds[0]
-        logits = self._run(row, row + 1, embeds[None], [total], stop)
-        self.lengths[row] = total
-        last: NDArray[Any] = logits[0]
-        return last
+        logits: NDArray[Any] = _logits(self._append(row, embeds, stop, _LOGITS))[0]
+        return logits
+
+    def append_greedy(self, row: int, embeds: Array, stop: Stop | None = None) -> Greedy:
+        """As `append`, but the likeliest token is all that leaves the device."""
+        return _greedy(self._append(row, embeds, stop, _GREEDY))[0]
 
     def step(self, rows: Sequence[int], embeds: NDArray[Any], stop: Stop | None = None) -> NDArray[Any]:
         """Append one position, of (n, D) `embeds`, to each of `rows`; float32 (n, vocab) logits.
@@ -78,28 +80,57 @@ class Rows:
         Rows between the first and the last of them that are not meant take part too, since the memory of a
         run is one piece. They compute their first position again, which leaves them as they are.
         """
+        return _logits(self._step(rows, embeds, stop, _LOGITS))
+
+    def step_greedy(
+        self, rows: Sequence[int], embeds: NDArray[Any], stop: Stop | None = None
+    ) -> list[Greedy]:
+        """As `step`, but the likeliest tokens."""
+        return _greedy(self._step(rows, embeds, stop, _GREEDY))
+
+    def _append(self, row: int, embeds: Array, stop: Stop | None, outputs: tuple[str, ...]) -> Results:
+        start, total = self.lengths[row], self.lengths[row] + len(embeds)
+        if total > self.context:
+            raise UhdError(f"context: {total} positions are needed, but a slot holds {self.context}")
+        embeds = embeds.astype(self._dtype, copy=False)
+        if self.together and start == 0:
+            self._first[row] = embeds[0]
+        results = self._run(row, row + 1, embeds[None], [total], stop, outputs)
+        self.lengths[row] = total
+        return results
+
+    def _step(
+        self, rows: Sequence[int], embeds: NDArray[Any], stop: Stop | None, outputs: tuple[str, ...]
+    ) -> Results:
         embeds = embeds.astype(self._dtype, copy=False)
         if not self.together:
-            return np.stack([self.append(row, embeds[i : i + 1], stop) for i, row in enumerate(rows)])
+            each = [self._append(row, embeds[i : i + 1], stop, outputs) for i, row in enumerate(rows)]
+            return {name: np.concatenate([results[name] for results in each]) for name in outputs}
         first, last = min(rows), max(rows) + 1
         feed, lengths = self._first[first:last, None].copy(), [1] * (last - first)
         for row, embed in zip(rows, embeds, strict=True):
             feed[row - first], lengths[row - first] = embed, self.lengths[row] + 1
         if max(lengths) > self.context:
             raise UhdError(f"context: a slot's {self.context} positions are full")
-        logits = self._run(first, last, feed, lengths, stop)
+        results = self._run(first, last, feed, lengths, stop, outputs)
         for row in rows:
             self.lengths[row] += 1
-        return logits[[row - first for row in rows]]
+        return {name: values[[row - first for row in rows]] for name, values in results.items()}
 
     def rewind(self, row: int, length: int) -> None:
         """Drop the positions of `row` from `length` on."""
         self.lengths[row] = min(length, self.lengths[row])
 
     def _run(
-        self, first: int, last: int, embeds: NDArray[Any], lengths: Sequence[int], stop: Stop | None
-    ) -> NDArray[Any]:
-        """Rows `first` to `last`, which hold `lengths` positions afterwards."""
+        self,
+        first: int,
+        last: int,
+        embeds: NDArray[Any],
+        lengths: Sequence[int],
+        stop: Stop | None,
+        outputs: tuple[str, ...],
+    ) -> Results:
+        """The `outputs` of rows `first` to `last`, which hold `lengths` positions afterwards."""
         positions = {
             SEQUENCE_LENGTHS: np.array(lengths, np.int32) - 1,
             TOTAL_LENGTH: np.array(max(lengths), np.int32),
@@ -107,8 +138,7 @@ class Rows:
             VISIBLE: visible(max(lengths), self._capacity),
         }
         feeds = {EMBEDS: embeds} | {name: positions[name] for name in self._positions}
-        logits = self._binding(first, last).infer(feeds, stop)[LOGITS]
-        return logits.reshape(last - first, -1)
+        return self._binding(first, last).infer(feeds, stop, outputs=outputs)
 
     def _binding(self, first: int, last: int) -> Binding:
         if not self.together:
@@ -116,3 +146,14 @@ class Rows:
         if (first, last) not in self._parts:
             self._parts[first, last] = self._caches[0].rows(first, last)
         return self._parts[first, last]
+
+
+def _logits(results: Results) -> NDArray[Any]:
+    """float32 (n, vocab)."""
+    return results[LOGITS].reshape(len(results[LOGITS]), -1)
+
+
+def _greedy(results: Results) -> list[Greedy]:
+    """One for each row."""
+    pairs = zip(results[TOKEN].ravel().tolist(), results[LOGITS_SUM].ravel().tolist(), strict=True)
+    return [Greedy(*pair) for pair in pairs]

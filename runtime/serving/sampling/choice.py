@@ -28,6 +28,12 @@ class Choosing:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether all that counts is which logit is the highest."""
+        penalised = self.presence_penalty != 0 or self.frequency_penalty != 0
+        return self.sampling.greedy and not (penalised or self.logit_bias) and self.logprobs is None
+
     def __post_init__(self) -> None:
         """Raise UhdError naming a field that is out of range."""
         for name in ("presence_penalty", "frequency_penalty"):

@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from uhd_export.runtime.language.decoder import Greedy, check_finite
 from uhd_export.runtime.serving.cache.slots import Slot
 from uhd_export.runtime.serving.images.worker import Encoding
 from uhd_export.runtime.serving.sampling.choice import Chooser, Chosen
@@ -76,10 +77,21 @@ class Generation:
             return "slow"
         return None
 
-    def take(self, logits: NDArray[Any], context: int) -> str | None:
-        """Choose the next token from (vocab,) `logits`; why the answer ends with it, if it does."""
-        allowed = None if self._grammar is None else self._grammar.allowed()
-        chosen = self._chooser.choose(logits, allowed)
+    @property
+    def greedy(self) -> bool:
+        """Whether it needs no more of the logits than which is the highest."""
+        return self._grammar is None and self.request.choosing.greedy
+
+    def take(self, scores: NDArray[Any] | Greedy, context: int) -> str | None:
+        """Choose the next token by (vocab,) logits, or take the greedy one; why the answer ends, if it does.
+
+        Raises UhdError where the logits are no numbers.
+        """
+        if isinstance(scores, Greedy):
+            chosen = Chosen(scores.checked())
+        else:
+            allowed = None if self._grammar is None else self._grammar.allowed()
+            chosen = self._chooser.choose(check_finite(scores), allowed)
         self.token, summary = chosen.token, self.stream.summary
         if summary.first_token is None:
             summary.first_token = time.monotonic() - self.submitted

@@ -10,13 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.engines.base import Array, Engine, Stop, Stopped
-from uhd_export.runtime.language.decoder import check_finite
+from uhd_export.runtime.language.decoder import Greedy
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.cache.slots import Slots
@@ -27,6 +27,7 @@ from uhd_export.runtime.serving.scheduling.generation import Generation
 from uhd_export.runtime.serving.scheduling.queue import Busy, FairQueue
 from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request, Summary
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -251,15 +252,18 @@ class Scheduler:
         start = self._rows.lengths[slot.row] - done
         size = self.limits.chunk if self._running else self.limits.lone_chunk
         chunk = embeds[start : start + size]
-        logits = self._run([generation], lambda stop: self._rows.append(slot.row, chunk, stop))
-        if logits is None:
+        last = start + len(chunk) == len(embeds)
+        # Of a chunk before the last nothing is wanted: the less is fetched.
+        append = self._rows.append_greedy if generation.greedy or not last else self._rows.append
+        scores = self._run([generation], lambda stop: append(slot.row, chunk, stop))
+        if scores is None:
             return
         slot.keys.extend(generation.keys[done + start : done + start + len(chunk)])
-        if start + len(chunk) == len(embeds):
+        if last:
             self._prefilling.popleft()
             generation.spend("prefill")
             self._running.append(generation)
-            self._take(generation, logits)
+            self._take(generation, scores)
 
     def _step(self) -> None:
         """One step of all running answers whose readers keep up."""
@@ -268,25 +272,26 @@ class Scheduler:
             return
         embeds = self._table.rows([g.token for g in active])
         rows = [g.place.row for g in active]
-        logits = self._run(active, lambda stop: self._rows.step(rows, embeds, stop))
-        if logits is None:
+        step = self._rows.step_greedy if all(g.greedy for g in active) else self._rows.step
+        scores = self._run(active, lambda stop: step(rows, embeds, stop))
+        if scores is None:
             return
         self.steps, self.stepped = self.steps + 1, self.stepped + len(active)
-        for generation, one in zip(active, logits, strict=True):
+        for generation, one in zip(active, scores, strict=True):
             generation.place.keys.append(generation.token)
             self._take(generation, one)
 
-    def _take(self, generation: Generation, logits: NDArray[Any]) -> None:
+    def _take(self, generation: Generation, scores: NDArray[Any] | Greedy) -> None:
         try:
-            reason = generation.take(check_finite(logits), self._rows.context)
+            reason = generation.take(scores, self._rows.context)
         except Exception:
             log.exception("choosing a token")
             reason = "error"
         if reason is not None:
             self._end(generation, reason)
 
-    def _run(self, generations: list[Generation], run: Callable[[Stop], NDArray[Any]]) -> NDArray[Any] | None:
-        """The logits of `run`; None where it was stopped, or failed, which ends its generations."""
+    def _run(self, generations: list[Generation], run: Callable[[Stop], T]) -> T | None:
+        """The result of `run`; None where it was stopped, or failed, which ends its generations."""
         stop = Stop()
         with self._changed:
             self._current = (stop, generations)

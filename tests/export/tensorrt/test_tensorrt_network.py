@@ -91,6 +91,8 @@ def test_language(tmp_path, case, int4, monkeypatch):
         feeds = {"inputs_embeds": embeds[:, start:stop], "write_index": index, "visible": seen}
         out = interpreter.run(feeds | cache)
         assert difference(out["logits"][0, 0], expected[stop - 1]) < 1e-5
+        assert out["token"].tolist() == [[out["logits"].argmax()]]
+        assert out["logits_sum"][0, 0] == pytest.approx(out["logits"].sum(), abs=1e-3)
         cache = {past: out[present] for present, past in network.aliases.items()}
 
 

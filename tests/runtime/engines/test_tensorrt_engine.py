@@ -104,6 +104,9 @@ def test_a_step_moves_one_embedding_in_and_the_logits_out(machine, language):
     cuda.copied_in = cuda.copied_out = cuda.copied = 0
     decoder.step(embeddings(1))
     assert (cuda.copied_in, cuda.copied_out, cuda.copied) == (128 * 4 + 8 + CONTEXT, 300 * 4, 0)
+    cuda.copied_in = cuda.copied_out = 0
+    decoder.greedy(embeddings(1))
+    assert (cuda.copied_in, cuda.copied_out, cuda.copied) == (128 * 4 + 8 + CONTEXT, 12, 0)
     assert set(cuda.blocks) == blocks  # nothing is allocated while decoding
 
 
@@ -122,14 +125,7 @@ def test_attention_reads_what_is_in_use(machine, language, monkeypatch):
     monkeypatch.setattr(decoders, "_LEAST_VISIBLE", 8)
     graph, _ = language
     profiles = language_profiles(tiny_model(*TINY).config, CONTEXT)
-    assert [p.name for p in profiles] == [
-        "decode 8",
-        "decode 16",
-        "decode 32",
-        "decode 64",
-        "decode 96",
-        "prefill",
-    ]
+    assert [p.name for p in profiles] == ["decode 8", "decode 16", "decode 96", "prefill"]
     engine, _, module = machine(graph, record_of(graph, profiles), rtx=False)
     decoder, embeds = Decoder(engine, CONTEXT), embeddings(CONTEXT)
     expected = reference(tiny_model(*TINY), embeds)
@@ -138,11 +134,11 @@ def test_attention_reads_what_is_in_use(machine, language, monkeypatch):
         assert difference(decoder.step(embeds[0, i]), expected[i]) < 5e-6
     prompts, *steps = module.engines[0].contexts
     assert prompts.shapes["visible"] == (8,)
-    assert [context.shapes["visible"] for context in steps] == [(8,), (16,), (32,), (64,), (96,)]
-    assert [context.runs for context in steps] == [2] * 5  # the first step of each, and the one captured
+    assert [context.shapes["visible"] for context in steps] == [(8,), (16,), (96,)]
+    assert [context.runs for context in steps] == [2] * 3  # the first step of each, and the one captured
     decoder.rewind(6)
     assert difference(decoder.step(embeds[0, 6]), expected[6]) < 5e-6
-    assert len(module.engines[0].contexts) == 6
+    assert len(module.engines[0].contexts) == 4
 
 
 def test_cuda_graphs(machine, language):
@@ -383,7 +379,8 @@ def test_memory_is_planned_without_a_gpu(language, vision):
     plan = plan_memory(language[1])
     assert plan.weights == language[1].weight_bytes
     assert plan.state == 2 * 2 * 2 * CONTEXT * 32 * 4
-    fixed = 8 + CONTEXT + 300 * 4  # the write index, a byte a position that is visible, and the logits
+    # The write index, a byte a position that is visible; the logits, their sum, and the greatest's place.
+    fixed = 8 + CONTEXT + 300 * 4 + 4 + 8
     assert plan.transfers == {f"decode {CONTEXT}": 128 * 4 + fixed, "prefill": CONTEXT * 128 * 4 + fixed}
     plan = plan_memory(vision[1])
     assert plan.state == 0

@@ -74,7 +74,45 @@ def test_sixteen_greedy_tokens_equal_pytorch(engine, case, dialect):
     while len(tokens) < 16:
         tokens.append(greedy(decoder.step(table[tokens[-1]])))
     assert tokens == expected
+    decoder.rewind(0)
+    tokens = [decoder.greedy(embeddings(20, seed=1), chunk=7)]  # chosen by the engine
+    while len(tokens) < 16:
+        tokens.append(decoder.greedy(table[tokens[-1]][None]))
+    assert tokens == expected
     assert len(set(tokens)) > 3  # a constant answer would prove little
+
+
+@pytest.mark.parametrize("dialect", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_engine_takes_the_first_of_equal_logits_and_tells_of_what_is_no_number(tmp_path, dialect, dtype):
+    model = tiny_model(*MODELS[0])
+    head = model.lm_head.weight.clone()
+    embeds = embeddings(4)
+    best = greedy(reference(model, embeds)[-1])
+
+    def chosen(change):
+        rows = head.clone()
+        change(rows)
+        tensors = reader(model)
+        read = lambda name: rows if name == "lm_head.weight" else tensors(name)  # noqa: E731
+        emit_language(model.config, read, tmp_path / "l.onnx", dtype=dtype, dialect=dialect)
+        with open_engine(tmp_path / "l.onnx", threads=1) as engine:
+            decoder = Decoder(engine, CONTEXT)
+            token = decoder.greedy(embeds)
+            decoder.rewind(0)
+            assert token == greedy(decoder.prefill(embeds))
+            return token
+
+    def equal(rows):
+        for token in (17, 203, 299):
+            rows[token] = head[best]
+
+    assert chosen(lambda rows: None) == best
+    assert chosen(equal) == min(best, 17)
+    # In float16 the CPU's product is float32, which nothing in a float16 file makes overflow.
+    for value in (3e38, -3e38) if dtype == "float32" else ():
+        with pytest.raises(UhdError, match="its logits are not finite numbers"):
+            chosen(lambda rows: rows[5].copy_(value * head[best].sign()))  # noqa: B023
 
 
 @pytest.mark.slow
