@@ -138,6 +138,10 @@ class Engine(ABC):
         """
         return np.concatenate(pieces)
 
+    def staging(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array to be filled once and then fed, in memory from which the engine copies the fastest."""
+        return np.empty(shape, dtype)
+
     def keep(self, array: NDArray[Any]) -> Array:
         """`array` where the engine reads it without a copy, to be fed again and again."""
         return array

@@ -90,12 +90,16 @@ class VisionEncoder:
             size = self.batch_size(shape)
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
-                yield batch, self.feeds(normalise_batch([crops[i] for i in batch], self._dtype), grid_mode)
+                yield batch, self.feeds(self.pixels([crops[i] for i in batch]), grid_mode)
 
     def batch_size(self, shape: tuple[int, ...]) -> int:
         """How many crops of `shape`, (h, w, ...), run at once."""
         patch = self._model.vision.patch
         return batch_size((shape[0] // patch, shape[1] // patch), self.rows)
+
+    def pixels(self, crops: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Equal uint8 (h, w, 3) crops as the engine takes them, (B, 3, h, w)."""
+        return normalise_batch(crops, self._dtype, self.engine.staging)
 
     def feeds(self, pixels: NDArray[Any], grid_mode: str) -> dict[str, Array]:
         """The engine's inputs for normalised (B, 3, h, w) pixels of equal crops."""

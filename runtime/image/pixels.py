@@ -1,7 +1,7 @@
 """Pixels: an RGB image cut as planned, and normalised as CLIP expects."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,17 @@ def normalise(crop: NDArray[Any]) -> NDArray[Any]:
     return one
 
 
-def normalise_batch(crops: Sequence[NDArray[Any]], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-    """Equal uint8 crops, (h, w, 3) each, to (B, 3, h, w) of `dtype` as CLIP expects them."""
+def normalise_batch(
+    crops: Sequence[NDArray[Any]],
+    dtype: DTypeLike = np.float32,
+    empty: Callable[[Sequence[int], np.dtype[Any]], NDArray[Any]] = np.empty,
+) -> NDArray[Any]:
+    """Equal uint8 crops, (h, w, 3) each, to (B, 3, h, w) of `dtype` as CLIP expects them.
+
+    `empty` makes the array that is filled, of a shape and a type.
+    """
     levels = _levels(np.dtype(dtype))
-    out = np.empty((len(crops), 3, *crops[0].shape[:2]), dtype)
+    out = empty((len(crops), 3, *crops[0].shape[:2]), np.dtype(dtype))
     for crop, planes in zip(crops, out, strict=True):
         for channel, plane in enumerate(planes):
             # Any mode but raise writes into `out` at once; no value of 8 bits is outside of the table.

@@ -24,6 +24,7 @@ class FakeCuda:
         self.blocks, self.next, self.queued, self.graphs = {}, 4096, [], {}
         self.captured_into = None
         self.lock, self.users = threading.RLock(), set()
+        self.waits, self.pinned = 0, {}
         self.copied_in = self.copied_out = self.copied = self.launches = 0
 
     def allocate(self, nbytes):
@@ -32,6 +33,15 @@ class FakeCuda:
         # Fresh memory holds anything; NaN shows where it is read before it is written.
         self.blocks[address] = np.full(nbytes, 0xFF, np.uint8)
         return address
+
+    def allocate_host(self, nbytes):
+        memory = np.full(nbytes, 0xFF, np.uint8)
+        self.pinned[memory.ctypes.data] = memory
+        return memory.ctypes.data
+
+    def is_pinned(self, array):
+        starts = ((start, start + memory.size) for start, memory in self.pinned.items())
+        return any(start <= array.ctypes.data < stop for start, stop in starts)
 
     def free(self, address):
         assert not self.queued, "memory freed while work is queued"
@@ -62,8 +72,16 @@ class FakeCuda:
     def copy_in(self, address, array):
         assert array.flags.c_contiguous
         self.copied_in += array.nbytes
-        content = np.frombuffer(array.tobytes(), np.uint8)
-        self.queue(lambda: self.at(address, content.size).__setitem__(slice(None), content))
+        if self.is_pinned(array):  # read when the copy is done, as by the GPU: it holds what it holds then
+            source = self.pinned_bytes(array)
+        else:
+            source = np.frombuffer(array.tobytes(), np.uint8)
+        self.queue(lambda: self.at(address, source.size).__setitem__(slice(None), source))
+
+    def pinned_bytes(self, array):
+        start = next(s for s, memory in self.pinned.items() if s <= array.ctypes.data < s + memory.size)
+        offset = array.ctypes.data - start
+        return self.pinned[start][offset : offset + array.nbytes]
 
     def copy_out(self, array, address):
         assert array.flags.c_contiguous
@@ -76,6 +94,7 @@ class FakeCuda:
         self.queue(lambda: self.at(to, nbytes).__setitem__(slice(None), self.at(source, nbytes)))
 
     def synchronize(self):
+        self.waits += 1
         work, self.queued = self.queued, []
         for step in work:
             step()

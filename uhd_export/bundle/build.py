@@ -262,6 +262,7 @@ def _write_language(
         if (checkpoint.folder / name).is_file():
             copy_own(checkpoint.folder, name, folder / name)
     (folder / TOKENIZER).write_text(checkpoint_tokenizer(checkpoint.folder).to_str(), encoding="utf-8")
+    plain = FloatCache(options.cache_type, options.attention_accumulation)
     with progress_bar(LANGUAGE, show=progress) as bar:
         emit_language(
             config.language,
@@ -269,10 +270,9 @@ def _write_language(
             folder / LANGUAGE,
             dtype=options.precision,
             dialect=options.dialect,
-            cache=FloatCache(options.cache_type) if cache is None else cache.cache,
+            cache=plain if cache is None else cache.cache,
             linear=linear_format(checkpoint, config.language, quantization, options.dialect),
             context=options.context,
-            attention_accumulation=options.attention_accumulation,
             progress=bar.set,
         )
     with progress_bar(EMBEDDINGS, show=progress) as bar:

@@ -18,9 +18,14 @@ _LEAST_SCALE = 2.0**-15
 
 @dataclass(frozen=True)
 class FloatCache:
-    """Keys and values as they are, in `dtype`: float32 or float16."""
+    """Keys and values as they are, in `dtype`: float32 or float16.
+
+    `accumulation` is the type in which the tensorrt dialect's attention adds up its products with them; ONNX
+    Runtime's kernels do so in float32.
+    """
 
     dtype: str
+    accumulation: str = "float32"
 
     @property
     def type(self) -> ir.DataType:

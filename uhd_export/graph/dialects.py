@@ -45,12 +45,9 @@ class Dialect(ABC):
         dtype: ir.DataType,
         context: int,
         cache: CacheFormat,
-        accumulation: ir.DataType = ir.DataType.FLOAT,
     ) -> None:
         self.config, self.source, self.dtype, self.context = config, source, dtype, context
         self.cache = cache
-        # In which attention adds up its products, where the backend leaves it to the graph.
-        self.accumulation = accumulation
         self.builder = GraphBuilder("language", opset=self.opset)
         self.embeds = self.builder.input(EMBEDS, dtype, (self.rows, "sequence", config.hidden))
         self._declare_positions()
@@ -206,11 +203,12 @@ class TensorRtDialect(Dialect):
         dtype: ir.DataType,
         context: int,
         cache: CacheFormat,
-        accumulation: ir.DataType = ir.DataType.FLOAT,
     ) -> None:
-        if cache.type != dtype:
+        if not isinstance(cache, FloatCache) or cache.type != dtype:
             raise UhdError(f"cache: the tensorrt dialect keeps it in the type of the activations, {dtype}")
-        super().__init__(config, source, dtype, context, cache, accumulation)
+        # Else a fused kernel for float16 adds up in float16 too.
+        self._upcast = cache.accumulation == "float32" and dtype != ir.DataType.FLOAT
+        super().__init__(config, source, dtype, context, cache)
 
     @property
     def capacity(self) -> int:
@@ -267,12 +265,10 @@ class TensorRtDialect(Dialect):
         name = f"model.layers.{layer}.self_attn"
         zero, axis = builder.constant([0]), builder.constant([2])
         seen = [builder.op("Slice", cache, zero, self._visible, axis) for cache in (key, value)]
-        # Else a fused kernel for float16 adds up in float16 too. Casts of the cache are no work: the kernel
-        # reads it as it is.
-        wide = self.accumulation == ir.DataType.FLOAT != self.dtype
-        q, *seen = (builder.op("Cast", x, to=self.accumulation) if wide else x for x in (q, *seen))
+        if self._upcast:  # which is no work: the kernel reads the cache as it is
+            q, *seen = (builder.op("Cast", x, to=ir.DataType.FLOAT) for x in (q, *seen))
         out = builder.op("Attention", q, *seen, mask, name=name)
-        out = builder.op("Cast", out, to=self.dtype) if wide else out
+        out = builder.op("Cast", out, to=self.dtype) if self._upcast else out
         out = builder.op("Transpose", out, perm=[0, 2, 1, 3])
         return builder.reshape(out, (1, -1, config.heads * config.head_size))
 

@@ -44,7 +44,6 @@ def emit_language(
     dialect: str = "onnxruntime",
     linear: LinearFormat | None = None,
     context: int | None = None,
-    attention_accumulation: str = "float32",
     progress: Progress | None = None,
 ) -> Path:
     """Write the language model to `path`, with its weights in `PATH.data` beside it.
@@ -52,14 +51,12 @@ def emit_language(
     `tensors` is a checkpoint, or a function from official tensor names to tensors. `dtype` is the type of
     activations and dense weights; `cache` how keys and values are kept (default: in `dtype`); `linear` the
     weight format (default `Dense()`); `context` the number of positions of the rotary tables (default: the
-    model's own). `attention_accumulation` is the type in which the tensorrt dialect's attention adds up
-    products; ONNX Runtime's kernels do so in float32. `progress(done, total)` is called before each tensor of
-    the external data is written. One tensor is in memory at a time. Raises UhdError for an unsupported type,
-    dialect or cache, a missing tensor or a wrong shape; then nothing is left at `path`.
+    model's own). `progress(done, total)` is called before each tensor of the external data is written. One
+    tensor is in memory at a time. Raises UhdError for an unsupported dtype, dialect or cache, a missing
+    tensor or a wrong shape; then nothing is left at `path`.
     """
-    for name, value in (("dtype", dtype), ("attention_accumulation", attention_accumulation)):
-        if value not in DTYPES:
-            raise UhdError(f"language {name}: {value!r} is not supported; use one of {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise UhdError(f"language dtype: {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     if dialect not in DIALECTS:
         raise UhdError(f"language dialect: {dialect!r} is not supported; use one of {', '.join(DIALECTS)}")
     context = config.context if context is None else context
@@ -68,8 +65,7 @@ def emit_language(
     if isinstance(cache, Int8Cache):
         cache.check(config)
     source = TensorSource(tensors)
-    accumulation = DTYPES[attention_accumulation]
-    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context, cache, accumulation)
+    graph = DIALECTS[dialect](config, source, DTYPES[dtype], context, cache)
     graph.builder.metadata = {
         "dtype": dtype,
         "dialect": dialect,

@@ -25,6 +25,8 @@ class Cuda:
         self.lock = threading.RLock()
         """Held while work is queued: threads share the stream, its scratch and what is captured of it."""
         self.number, self._thread = number, threading.local()
+        self.waits = 0
+        """How often `synchronize` was called: what was queued before is done."""
         count = self._first_call()
         if count < 1:
             raise UhdError("GPU: none is visible; check CUDA_VISIBLE_DEVICES")
@@ -50,6 +52,14 @@ class Cuda:
         self._check("cudaMalloc", status)
         return int(address)
 
+    def allocate_host(self, nbytes: int) -> int:
+        """Address of `nbytes` of this machine's memory that the GPU copies from and to by itself."""
+        return int(self._call("cudaHostAlloc", max(nbytes, 1), self._api.cudaHostAllocDefault))
+
+    def free_host(self, address: int) -> None:
+        """Give memory of `allocate_host` back, after the work that uses it."""
+        self._call("cudaFreeHost", address)
+
     def free(self, address: int) -> None:
         """Give memory back, after the work that uses it."""
         self._call("cudaFree", address)
@@ -59,7 +69,10 @@ class Cuda:
         self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
-        """Queue the copy of a contiguous array to the device; the array may be changed on return."""
+        """Queue the copy of a contiguous array to the device.
+
+        The array may be changed on return, unless it lies in memory of `allocate_host`.
+        """
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
 
@@ -76,6 +89,7 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for everything queued. Raises UhdError where the work failed."""
         self._call("cudaStreamSynchronize", self.stream)
+        self.waits += 1
 
     def capture(self, queue: Callable[[], object]) -> int:
         """A graph of what `queue` puts on the stream, without running it."""

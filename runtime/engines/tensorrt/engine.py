@@ -26,6 +26,7 @@ from uhd_export.runtime.engines.tensorrt.memory import Array, Buffer, DeviceArra
 from uhd_export.runtime.engines.tensorrt.plugins import find_plugins, plugin_errors
 from uhd_export.runtime.engines.tensorrt.profiler import LayerTimes
 from uhd_export.runtime.engines.tensorrt.record import read_record
+from uhd_export.runtime.engines.tensorrt.staging import staging
 from uhd_export.runtime.errors import UhdError
 
 
@@ -95,6 +96,10 @@ class TensorrtEngine(Engine):
         """(S, D) rows of all pieces on the device; see `memory.gather`."""
         with self.cuda.lock:
             return gather(self.cuda, pieces, dtype)
+
+    def staging(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """See `Engine.staging`."""
+        return staging(self.cuda, shape, dtype)
 
     def keep(self, array: NDArray[Any]) -> DeviceArray:
         """See `Engine.keep`."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from uhd_export.runtime.engines.base import Array, Stop, Stopped
 from uhd_export.runtime.image.encoder import TOKENS, VisionEncoder
-from uhd_export.runtime.image.pixels import normalise_batch
 from uhd_export.runtime.serving.images.cutting import CutImage
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class VisionWorker:
             results: list[Array] = []
             start = time.perf_counter()
             try:
-                pixels = normalise_batch([encoding.image.crops[index] for encoding, index in batch])
+                pixels = self._encoder.pixels([encoding.image.crops[index] for encoding, index in batch])
                 feeds = self._encoder.feeds(pixels, grid_mode)
                 results = list(self._encoder.engine.infer_resident(feeds, stop)[TOKENS])
             except Stopped:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -133,6 +134,14 @@ def test_parity_is_skipped_with_the_reason(make, monkeypatch):
     entries = make(verify=True).parity
     assert [entry.part for entry in entries] == ["vision", "logits", "tokens"]
     assert all(entry.value is None and "10.00 MB are available" in entry.skipped for entry in entries)
+
+
+def test_a_build_that_cannot_be_verified_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uhd_export.runtime.engines.onnxruntime", None)
+    monkeypatch.setattr(build, "staged_folder", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(UhdError, match=r"^--verify: .*onnxruntime: not installed .*cpu.*or use --no-verify$"):
+        build_bundle("nano", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bundle_out_of_tolerance_is_not_written(make, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from uhd_export.graph.cache import FloatCache
 from uhd_export.graph.language import emit_language
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.tensorrt import EngineOptions, build_engine, builder, language_profiles
@@ -127,7 +128,7 @@ def built(tmp_path_factory):
             dtype="float16",
             dialect="tensorrt",
             context=CONTEXT,
-            attention_accumulation=accumulation,
+            cache=FloatCache("float16", accumulation),
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(builder, "logger", lambda trt: log)

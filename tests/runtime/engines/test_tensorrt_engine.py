@@ -25,10 +25,12 @@ from uhd_export.runtime.engines.tensorrt import cuda as tensorrt_cuda
 from uhd_export.runtime.engines.tensorrt import engine as tensorrt_engine
 from uhd_export.runtime.engines.tensorrt import memory as tensorrt_memory
 from uhd_export.runtime.engines.tensorrt import plugins as tensorrt_plugins
+from uhd_export.runtime.engines.tensorrt import staging as tensorrt_staging
 from uhd_export.runtime.engines.tensorrt.engine import TensorrtEngine
 from uhd_export.runtime.engines.tensorrt.memory import DeviceArray
 from uhd_export.runtime.engines.tensorrt.record import plan_memory
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.image.geometry import crop_geometry
 from uhd_export.runtime.image.layout import LAYOUTS, Separators, layout_indices
 from uhd_export.runtime.language import decoder as decoders
@@ -240,6 +242,41 @@ def test_what_is_fed_stays_as_it_is(machine, language):
     results = engine.infer(feeds)
     assert results["present.0.key"].any()
     assert not feeds[past].numpy(cuda).any()
+
+
+def test_pixels_lie_where_the_gpu_copies_from_and_are_not_overwritten_before_it_has(
+    machine, vision, golden_model
+):
+    engine, cuda, _ = machine(*vision)
+    encoder = VisionEncoder(engine, golden_model(mask=3).config.model)
+    random = np.random.default_rng(0)
+    crops = [random.integers(0, 256, (266, 280, 3), np.uint8) for _ in range(3)]
+    one_by_one = [
+        engine.infer_resident(encoder.feeds(encoder.pixels([crop]), "fix"))["tokens"] for crop in crops
+    ]
+    assert len(cuda.pinned) == 3  # nothing has been waited for
+    with open_engine(vision[0], threads=1) as host:
+        expected = VisionEncoder(host, golden_model(mask=3).config.model).encode(crops, "fix")
+    for actual, wanted in zip(one_by_one, expected, strict=True):
+        assert difference(actual.numpy(cuda)[0], wanted) < 1e-6
+    encoder.encode(crops[:1], "fix")
+    assert len(cuda.pinned) == 3  # and now they are used again
+    sizes = [memory.size for memory in cuda.pinned.values()]
+    held = [engine.staging((1 << 20,), np.uint8) for _ in range(40)]
+    assert sum(memory.size for memory in cuda.pinned.values()) <= tensorrt_staging.MOST_PINNED
+    assert not cuda.is_pinned(held[-1]) and cuda.is_pinned(held[0]) and sizes
+
+
+def test_geometry_is_copied_once_a_shape(machine, vision, golden_model):
+    engine, cuda, _ = machine(*vision)
+    encoder, crops = (
+        VisionEncoder(engine, golden_model(mask=3).config.model),
+        [np.zeros((266, 280, 3), np.uint8)],
+    )
+    encoder.encode(crops, "fix")
+    cuda.copied_in = 0
+    encoder.encode(crops, "fix")
+    assert cuda.copied_in == 3 * 266 * 280 * engine.inputs["pixels"].dtype.itemsize
 
 
 def test_outputs_may_stay_on_the_device(machine, vision):
