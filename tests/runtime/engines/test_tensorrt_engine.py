@@ -147,7 +147,12 @@ def test_cuda_graphs(machine, language):
     """TensorRT-RTX makes them itself; in TensorRT the repeated run is captured, anew when memory moves."""
     engine, cuda, module = machine(*language, rtx=True)
     Decoder(engine, CONTEXT).step(embeddings(1))
-    engine.infer({name: np.zeros(i.resolve({"sequence": 3}), i.dtype) for name, i in engine.inputs.items()})
+    engine.infer(
+        {
+            name: np.zeros(i.resolve({"sequence": 3, "visible": CONTEXT}), i.dtype)
+            for name, i in engine.inputs.items()
+        }
+    )
     bound, alone = module.engines[0].contexts
     assert bound.config.cuda_graph_strategy == "WHOLE" and alone.config.cuda_graph_strategy is None
 
@@ -234,7 +239,10 @@ def test_tokens_reach_the_language_model_on_the_device(machine, language, vision
 def test_what_is_fed_stays_as_it_is(machine, language):
     """Also where the engine updates that input in place and nothing is bound."""
     engine, cuda, _ = machine(*language)
-    feeds = {name: np.zeros(i.resolve({"sequence": 3}), i.dtype) for name, i in engine.inputs.items()}
+    feeds = {
+        name: np.zeros(i.resolve({"sequence": 3, "visible": CONTEXT}), i.dtype)
+        for name, i in engine.inputs.items()
+    }
     feeds["inputs_embeds"] = embeddings(3)
     past = "past_key_values.0.key"
     feeds[past] = engine.gather([feeds[past].reshape(-1, 32)], np.float32)
@@ -463,7 +471,10 @@ def test_the_device_needs_neither_torch_nor_triton():
 def test_feeds_are_checked(machine, language):
     engine, _, _ = machine(*language)
     binding = engine.bind({}, {})
-    feeds = {name: np.zeros(i.resolve({"sequence": 3}), i.dtype) for name, i in engine.inputs.items()}
+    feeds = {
+        name: np.zeros(i.resolve({"sequence": 3, "visible": CONTEXT}), i.dtype)
+        for name, i in engine.inputs.items()
+    }
     with pytest.raises(ValueError, match="differ from the inputs"):
         binding.infer({"inputs_embeds": feeds["inputs_embeds"]})
     with pytest.raises(ValueError, match="feed inputs_embeds: type float16"):
