@@ -7,7 +7,7 @@ import pytest
 from uhd_export.plugins.operator import ShapeRanges
 from uhd_export.plugins.operators import operators
 from uhd_export.plugins.tensorrt.plugin import Build
-from uhd_export.plugins.tensorrt.runner import Runner, pack, unpack, workspace_bytes
+from uhd_export.plugins.tensorrt.runner import Runner, pack, unpack
 from uhd_export.runtime.errors import UhdError
 
 BATCH, SIDE, CHANNELS = 2, 6, 64
@@ -69,8 +69,7 @@ def test_kernels_get_the_places_of_their_tensors(jbu, cuda):
         places = run(runner)
     inputs, _ = shapes()
     named = dict(zip(operator.inputs({}), inputs, strict=True))
-    launches, scratch = operator.plan(named, {}, "float16")
-    assert workspace_bytes(operator, inputs, {}, "float16") >= 4 * scratch.elements
+    launches = operator.plan(named, {}, "float16")[0]
     for line, launch in zip(lines[1:], launches, strict=True):
         found = re.fullmatch(
             r"launch (\w+) grid (\d+) (\d+) (\d+) block (\d+) 1 1 shared (\d+) stream (\w+) arguments (.*)",
@@ -81,7 +80,7 @@ def test_kernels_get_the_places_of_their_tensors(jbu, cuda):
         assert tuple(map(int, grid)) == launch.grid
         assert (int(threads), int(shared)) == (32 * kernel["warps"], kernel["shared"])
         assert int(stream, 16) == STREAM
-        tensors = [places.get(tensor, WORKSPACE) for tensor in launch.tensors]
+        tensors = [places.get(tensor, WORKSPACE) for tensor in launch.tensors]  # scratch is the workspace
         values = [int(value, 0) for value in arguments.replace("(nil)", "0").split()]
         assert values == [*tensors, *launch.integers, *[0] * kernel["nulls"]]
 
