@@ -94,9 +94,9 @@ def test_running_answers_go_on_while_a_newcomer_is_read(serve, ask):
     service = serve(slots=2, limits=Limits(chunk=16, lone_chunk=16))
     events = []
     rows = service.scheduler._rows
-    append, step = rows.append, rows.step
-    rows.append = lambda row, *rest: (events.append(("chunk", row)), append(row, *rest))[1]
-    rows.step = lambda chosen, *rest: (events.append(("step", tuple(chosen))), step(chosen, *rest))[1]
+    append, step = rows._append, rows._step  # whatever is asked of a run
+    rows._append = lambda row, *rest: (events.append(("chunk", row)), append(row, *rest))[1]
+    rows._step = lambda chosen, *rest: (events.append(("step", tuple(chosen))), step(chosen, *rest))[1]
     bias = Choosing(logit_bias={service.manifest.model.language.eos[0]: -100})
     running = ask(service, None, "Count.", max_tokens=1500, choosing=bias)
     next(iter(running))
