@@ -58,6 +58,7 @@ def test_geometry_stays_on_the_device(vision, cuda, golden_model):
         crops = [np.zeros((70, 98, 3), np.uint8)] * 2
         with cuda.counting() as first:
             tokens = encoder.encode(crops, "selective")
+        encoder.encode(crops, "selective")  # memory may grow once more
         with cuda.counting() as counts, cuda.logging() as lines:
             encoder.encode(crops, "selective")
     assert first["h2d"] - counts["h2d"] == len(engine.inputs) - 1, "\n".join(lines)
@@ -65,7 +66,7 @@ def test_geometry_stays_on_the_device(vision, cuda, golden_model):
     assert counts["h2d_bytes"] <= 2 * crops[0].size * engine.inputs[PIXELS].dtype.itemsize + SHAPES_BYTES
     assert (counts["d2h"], counts["syncs"], counts["allocations"]) == (1, 2, 0)
     assert counts["d2h_bytes"] == len(tokens) * tokens[0].size * engine.outputs[TOKENS].dtype.itemsize
-    assert counts["launches"] <= 414
+    assert counts["launches"] <= 411
 
 
 def test_the_geometry_of_few_shapes_is_held(vision, golden_model):
