@@ -1,0 +1,59 @@
+"""The planned peak beside the measured one: a process of its own that answers one question at 1008x672."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from uhd_export.runtime.bundle.manifest import read_manifest
+from uhd_export.runtime.image.pattern import pattern
+from uhd_export.runtime.planning.bundle import bundle_workload
+
+_SCRIPT = """
+import json, sys
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.memory import peak_memory
+with Pipeline.open(sys.argv[1]) as pipeline:
+    list(pipeline.generate(sys.argv[2], "What is the code on the red card?", max_new_tokens=4))
+print(json.dumps(peak_memory()))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "pattern.png"
+    pattern(1008, 672).save(path)
+    return path
+
+
+def measured_peak(bundle, image):
+    command = [sys.executable, "-P", "-c", _SCRIPT, str(bundle), str(image)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def planned_peak(bundle):
+    return bundle_workload(read_manifest(bundle), (1008, 672), "cpu").plan().peak
+
+
+# int4-rtn lies in memory as int4 does, and needs no calibration.
+NANO = {
+    "exact": {"weights": "dense", "lm_head": "dense"},
+    "balanced": {"weights": "int4-rtn", "lm_head": "int8", "vision_weights": "int8", "cache": "float16"},
+    "small": {"weights": "int4-rtn", "lm_head": "int4", "vision_weights": "int8", "cache": "int8"},
+}
+
+
+@pytest.mark.parametrize("preset", NANO)
+def test_nano_peaks_as_planned(preset, image, tmp_path):
+    from support.options import build_options
+
+    from uhd_export import build_bundle
+
+    build_bundle("nano", tmp_path / "nano", options=build_options(**NANO[preset]), verify=False)
+    assert planned_peak(tmp_path / "nano") == pytest.approx(measured_peak(tmp_path / "nano", image), rel=0.1)
