@@ -8,7 +8,7 @@ import pytest
 
 from uhd_export.runtime.bundle.manifest import read_manifest
 from uhd_export.runtime.image.pattern import pattern
-from uhd_export.runtime.planning.bundle import bundle_workload
+from uhd_export.runtime.planning.bundle import LARGEST, bundle_workload
 
 _SCRIPT = """
 import json, sys
@@ -41,6 +41,23 @@ def planned_peak(bundle):
     return bundle_workload(read_manifest(bundle), (1008, 672), "cpu").plan().peak
 
 
+_MANY = """
+import json, random, sys
+import numpy as np
+from PIL import Image
+from uhd_export.runtime import Pipeline
+from uhd_export.runtime.memory import resident_memory
+random.seed(0)
+with Pipeline.open(sys.argv[1]) as pipeline:
+    seen = []
+    for seed in range(int(sys.argv[2])):
+        shape = random.randint(200, 1400), random.randint(200, 1400), 3
+        pipeline.encode_image(Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, np.uint8)))
+        seen.append(resident_memory())
+print(json.dumps(seen))
+"""
+
+
 # int4-rtn lies in memory as int4 does, and needs no calibration.
 NANO = {
     "exact": {"weights": "dense", "lm_head": "dense"},
@@ -57,3 +74,16 @@ def test_nano_peaks_as_planned(preset, image, tmp_path):
 
     build_bundle("nano", tmp_path / "nano", options=build_options(**NANO[preset]), verify=False)
     assert planned_peak(tmp_path / "nano") == pytest.approx(measured_peak(tmp_path / "nano", image), rel=0.1)
+
+
+def test_random_images_leave_no_more_than_is_planned(tmp_path):
+    from uhd_export import build_bundle
+
+    bundle = tmp_path / "nano"
+    manifest = build_bundle("nano", bundle, verify=False)
+    command = [sys.executable, "-P", "-c", _MANY, str(bundle), "24"]
+    seen = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # Between images: what the programs and weights take, and little of the activations of the largest.
+    work = bundle_workload(manifest, LARGEST, "cpu")
+    assert max(seen) < 1.1 * (work.plan().peak - work.plan().vision)
+    assert max(seen[12:]) < 1.1 * max(seen[:12])
