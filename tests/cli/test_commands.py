@@ -132,7 +132,9 @@ def test_interrupted_build_leaves_nothing(spoken_checkpoint, tmp_path, name):
     assert leftovers(tmp_path), running.communicate()
     running.send_signal(signal.Signals[name])
     _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) == (130, f"error: {STOPPED}\n")
+    *said, error = errors.splitlines()
+    assert (running.returncode, error) == (130, f"error: {STOPPED}")
+    assert [line.split()[0] for line in said] == ["about", "needs"]
     assert leftovers(tmp_path) == []
 
 

@@ -1,5 +1,6 @@
 """--preset through the command line: what it chooses, what overrides it, what a backend cannot have."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,3 +73,19 @@ def test_what_a_backend_cannot_have_is_float16_and_said(options, last):
 def test_an_unknown_preset_is_refused():
     result = CliRunner().invoke(main, ["build", "nano", "-o", "out", "--preset", "tiny"])
     assert result.exit_code == 2 and "'tiny' is not one of 'exact', 'balanced', 'small'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_keeps_nanos_answers(call, tmp_path, name):
+    """A quick variant of benchmarks/presets.py: 20 questions, and rounding to the nearest for GPTQ."""
+    rounding = ["--weights", "int4-rtn"] if PRESETS[name].weights == "int4" else []
+    done = call("build", "nano", "-o", tmp_path / "out", "--preset", name, *rounding, "--no-verify")
+    assert done.exit_code == 0, done.output
+    manifest = json.loads(call("inspect", tmp_path / "out", "--json").stdout)
+    expected = PRESETS[name].options()
+    assert manifest["precision"]["cache"] == expected.cache_type
+    assert (manifest["quantization"] or {"lm_head": "dense"})["lm_head"] == expected.weights.lm_head
+    assert (manifest["vision_quantization"] is not None) == (expected.vision_weights == "int8")
+    result = json.loads(call("eval", tmp_path / "out", "--count", 20, "--json").stdout)
+    assert result["exact"] >= 19
