@@ -3,9 +3,9 @@
 import pytest
 
 from uhd_export.bundle.build import build_bundle
-from uhd_export.bundle.cost import cost_lines, estimate_cost
+from uhd_export.bundle.cost import cost_lines, estimate_cost, loss_line
 from uhd_export.bundle.options import BuildOptions
-from uhd_export.bundle.presets import PRESETS
+from uhd_export.bundle.presets import PRESETS, measured
 from uhd_export.checkpoint.config import parse_config
 from uhd_export.checkpoint.vision_tower import KNOWN_TOWERS
 from uhd_export.graph.int4.options import WeightOptions
@@ -60,3 +60,27 @@ def test_the_prediction_is_what_a_bundle_becomes(tmp_path):
     assert cost.parts["embeddings"] == pytest.approx(sizes["embeddings.npy"], rel=0.01)
     assert cost.parts["vision"] < sizes["vision.onnx.data"] < 3 * cost.parts["vision"]
     assert cost.checkpoint == 0
+
+
+def test_the_loss_said_is_that_of_the_preset_with_the_same_options(monkeypatch):
+    rows = {name: {"questions": 200, "exact": 197 - index} for index, name in enumerate(PRESETS)}
+    monkeypatch.setattr("uhd_export.bundle.cost.measured", lambda: {"presets": rows})
+    for name, preset in PRESETS.items():
+        answers = f"{rows[name]['exact']} of 200 answers exact, 197 in float32"
+        assert loss_line(preset.options()) == f"{name} on the embedded model: {answers}"
+    other = BuildOptions(weights=WeightOptions("int4-rtn"))
+    rows.pop("small")
+    for options in (other, PRESETS["small"].options()):
+        assert loss_line(options) == "what these options lose is measured at the end, unless --no-verify"
+
+
+def test_presets_keep_what_they_promise():
+    """At most one point of accuracy for balanced, two for small; each smaller than the one before."""
+    rows = measured()["presets"]
+    if rows.keys() != PRESETS.keys():
+        pytest.skip("python benchmarks/presets.py has not measured all of them")
+    share = {name: row["exact"] / row["questions"] for name, row in rows.items()}
+    assert share["balanced"] >= share["exact"] - 0.01
+    assert share["small"] >= share["exact"] - 0.02
+    sizes = [sum(rows[name]["bytes"].values()) for name in PRESETS]
+    assert sizes == sorted(sizes, reverse=True)
