@@ -16,7 +16,7 @@ from uhd_export.model.reference import (
     reference_embeds,
     streamed_states,
 )
-from uhd_export.runtime.bundle.manifest import LANGUAGE, Manifest, Parity, read_manifest
+from uhd_export.runtime.bundle.manifest import LANGUAGE, VISION, Manifest, Parity, read_manifest
 from uhd_export.runtime.bundle.probe import record_probe
 from uhd_export.runtime.choices import GRID_MODES
 from uhd_export.runtime.image.pattern import pattern
@@ -189,11 +189,16 @@ def _memory_shortage(bundle: Path, manifest: Manifest) -> str | None:
     1.6 GB of float16 weights took 3.9 GB, one of 3.2 GB in float32 took 3.5 GB.
     """
     available = available_memory()
-    copies = {"float32": 1.2, "float16": 2.6}
-    files = list(bundle.glob("*.onnx.data"))
-    if manifest.precision.cache != manifest.precision.language:  # its language part is opened twice
-        files += bundle.glob(f"{LANGUAGE}.data")
-    weights = sum(path.stat().st_size for path in files) * copies.get(manifest.precision.language, 1.5)
+
+    def opened(part: str, dtype: str, rounded: bool) -> float:
+        size = sum(path.stat().st_size for path in bundle.glob(f"{part}.data"))
+        # Integers are repacked as they are.
+        return size * (2.6 if dtype == "float16" and not rounded else 1.2)
+
+    precision = manifest.precision
+    weights = opened(VISION, precision.vision, manifest.vision_quantization is not None)
+    twice = precision.cache != precision.language  # then the language part is opened again
+    weights += (1 + twice) * opened(LANGUAGE, precision.language, manifest.quantization is not None)
     vision, projector, language = manifest.model.vision, manifest.model.projector, manifest.model.language
     # Reference weights in float32: the vision part, then the largest of a layer and the head.
     reference = 4 * (

@@ -21,7 +21,7 @@ import uhd_export.bundle.staging as staging
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
 from uhd_export.runtime import Pipeline
-from uhd_export.runtime.bundle.manifest import STORED, Parity, read_manifest
+from uhd_export.runtime.bundle.manifest import STORED, Parity, VisionQuantization, read_manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.terminal.bundle_report import print_parity
 
@@ -134,6 +134,20 @@ def test_parity_is_skipped_with_the_reason(make, monkeypatch):
     entries = make(verify=True).parity
     assert [entry.part for entry in entries] == ["vision", "logits", "tokens"]
     assert all(entry.value is None and "10.00 MB are available" in entry.skipped for entry in entries)
+
+
+def test_integers_are_not_counted_as_float16_that_becomes_float32(make, tmp_path, monkeypatch):
+    manifest = make(dtype="float16")
+    for name in ("vision", "language"):
+        with (tmp_path / f"{name}.onnx.data").open("wb") as file:
+            file.truncate(10**9)
+    needed = []
+    monkeypatch.setattr(parity, "available_memory", lambda: 0)
+    monkeypatch.setattr(parity, "format_bytes", lambda count: needed.append(count) or "")
+    rounded = dataclasses.replace(manifest, vision_quantization=VisionQuantization({}, {}, 1))
+    for one in (manifest, rounded):
+        parity._memory_shortage(tmp_path, one)
+    assert needed[0] - needed[2] == pytest.approx(1.4e9)
 
 
 def test_a_build_that_cannot_be_verified_is_refused_before_any_work(tmp_path, monkeypatch):
