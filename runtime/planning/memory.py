@@ -54,9 +54,9 @@ class Layout:
     grid_mode: str = "selective"
 
     @property
-    def scores(self) -> int:
-        """How often attention holds its scores: a processor widens those of a float16 cache; measured."""
-        return 3 if self.device == "cpu" and self.cache_bytes == 2 else 1
+    def scores(self) -> float:
+        """How often attention holds its scores: a processor widens a float16 cache's, measured."""
+        return 2.5 if self.device == "cpu" and self.cache_bytes == 2 else 1
 
     @property
     def bounds(self) -> Bounds:

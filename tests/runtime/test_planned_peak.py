@@ -87,3 +87,11 @@ def test_random_images_leave_no_more_than_is_planned(tmp_path):
     work = bundle_workload(manifest, LARGEST, "cpu")
     assert max(seen) < 1.1 * (work.plan().peak - work.plan().vision)
     assert max(seen[12:]) < 1.1 * max(seen[:12])
+
+
+@pytest.mark.parametrize("preset", NANO)
+def test_a_cut_of_vicunas_width_peaks_as_planned(preset, image, tmp_path, spoken_checkpoint):
+    from support.vicuna_cut import write_cut
+
+    bundle = write_cut(tmp_path / "cut", preset, spoken_checkpoint / "tokenizer.json")
+    assert planned_peak(bundle) == pytest.approx(measured_peak(bundle, image), rel=0.1)
