@@ -184,9 +184,10 @@ def test_every_layer_is_quantized_and_better_than_rounding(language, tmp_path):
     assert {r.samples for r in records} == {138}
     assert np.mean([r.gptq_error for r in records]) < np.mean([r.rtn_error for r in records])
     assert len(_tensors(run)) == 21 * 4
-    rtn, gptq = run.model_qualities()
-    assert rtn.tokens == gptq.tokens == 5
+    rtn, gptq, rounded_head = run.model_qualities()
+    assert rtn.tokens == gptq.tokens == rounded_head.tokens == 5
     assert 0 < gptq.kl < 10
+    assert rounded_head.kl == pytest.approx(gptq.kl, rel=0.2) and rounded_head.kl != gptq.kl
 
 
 @needs_library

@@ -186,7 +186,7 @@ def test_truncated_safetensors(fails, checkpoint, tmp_path):
     assert leftovers(tmp_path) == ["checkpoint"]
 
 
-def test_config_fields(fails, checkpoint, tmp_path):
+def test_config_fields(call, fails, checkpoint, tmp_path):
     options = ["-o", tmp_path / "out", "--vision-tower", checkpoint / "clip"]
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
@@ -194,10 +194,14 @@ def test_config_fields(fails, checkpoint, tmp_path):
         ({"hidden_size": None}, "hidden_size"),
         ({"feature_scale_mask": 4}, "feature_scale_mask"),
         ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type"),
-        ({"intermediate_size": 511}, "shape"),
     ):
         path.write_text(json.dumps(config | change))
         assert words in fails("build", checkpoint, *options)
+    # What it takes has been said when the weights are met.
+    path.write_text(json.dumps(config | {"intermediate_size": 511}))
+    done = call("build", checkpoint, *options)
+    assert done.exit_code == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert "shape" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     path.write_text("{")
     assert "not readable as JSON" in fails("build", checkpoint, *options)
     assert leftovers(tmp_path) == ["checkpoint"]

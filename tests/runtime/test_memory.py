@@ -44,7 +44,7 @@ def test_images_of_many_shapes_leave_little_behind(golden_bundle):
     "rows, shape, size", [(None, (28, 28), MAX_BATCH), (12, (28, 28), 3), (3, (28, 28), 1)]
 )
 def test_batches_are_no_larger_than_is_faster(golden_bundle, rows, shape, size):
-    engine = SimpleNamespace(inputs={PIXELS: np.zeros(0, np.float32)}, on_host=True)
+    engine = SimpleNamespace(inputs={PIXELS: np.zeros(0, np.float32)}, on_host=True, staging=np.empty)
     encoder = VisionEncoder(engine, read_manifest(golden_bundle).model)
     encoder.geometry, encoder.rows = (lambda *_: {}), rows
     crops = [np.zeros((*shape, 3), np.uint8)] * (MAX_BATCH + 1)

@@ -61,7 +61,7 @@ print(json.dumps(seen))
 # int4-rtn lies in memory as int4 does, and needs no calibration.
 NANO = {
     "exact": {"weights": "dense", "lm_head": "dense"},
-    "balanced": {"weights": "int4-rtn", "lm_head": "int8", "vision_weights": "int8", "cache": "float16"},
+    "balanced": {"weights": "int4-rtn", "lm_head": "int8", "vision_weights": "int8", "cache": "int8"},
     "small": {"weights": "int4-rtn", "lm_head": "int4", "vision_weights": "int8", "cache": "int8"},
 }
 

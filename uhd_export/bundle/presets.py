@@ -30,7 +30,7 @@ class Preset:
 
 PRESETS = {
     "exact": Preset("dense", "dense", "dense", dtype="float32"),
-    "balanced": Preset("int4", "int8", "int8", "float16"),
+    "balanced": Preset("int4", "int8", "int8", "int8"),
     "small": Preset("int4", "int4", "int8", "int8"),
 }
 
@@ -43,8 +43,7 @@ def adapted(name: str, backend: str, dtype: str | None = None) -> tuple[Preset, 
         reasons["lm_head"] = f"{backend} has no 8-bit head; it is float16"
     if backend in ENGINE_BACKENDS and preset.cache is not None:
         preset = replace(preset, cache=None)
-        if PRESETS[name].cache != "float16":
-            reasons["cache"] = f"{backend} has no {PRESETS[name].cache} cache; it is float16"
+        reasons["cache"] = f"{backend} has no {PRESETS[name].cache} cache; it is float16"
     if backend not in ENGINE_BACKENDS and dtype == "float16" and preset.vision_weights == "int8":
         preset = replace(preset, vision_weights="dense")
         reasons["vision_weights"] = "ONNX Runtime's 8-bit vision wants float32 activations; it is float16"

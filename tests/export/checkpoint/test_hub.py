@@ -35,7 +35,9 @@ def python(hub, tmp_path):
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "60", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, *(str(argument) for argument in arguments)]
-        done = subprocess.run(command, env=os.environ | own | environment, capture_output=True, text=True)
+        # Libraries that another test imported may have set where the cache is.
+        rest = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        done = subprocess.run(command, env=rest | own | environment, capture_output=True, text=True)
         return done.stdout.strip(), done.stderr, done.returncode
 
     return run
