@@ -27,6 +27,8 @@ WRITE_INDEX = "write_index"
 # An input of any values whose length is how much of the cache attention reads (see `visible`).
 VISIBLE = "visible"
 _LEAST_VISIBLE = 512
+# Of a processor: longer runs of a prompt take memory, and are not faster.
+ENOUGH_POSITIONS = 600
 
 
 def visible_sizes(context: int) -> list[int]:
@@ -130,6 +132,7 @@ class Decoder:
         size = count if chunk is None else chunk
         if size < 1:
             raise UhdError(f"prefill chunk: {size} positions; use at least 1")
+        size = -(-count // -(-count // size))  # as many runs, about equally long
         for start in range(0, count, size):
             last = start + size >= count
             results = self._run(embeds[:, start : start + size], stop, outputs if last else ())

@@ -6,7 +6,14 @@ from uhd_export.runtime.bundle.manifest import EMBEDDINGS, Manifest, part_files
 from uhd_export.runtime.choices import ENGINE_BACKENDS
 from uhd_export.runtime.image.slicing import Size, plan_slices
 from uhd_export.runtime.memory import available_memory, free_device_memory
-from uhd_export.runtime.planning.memory import Bounds, Layout, Weights, Workload, visual_positions
+from uhd_export.runtime.planning.memory import (
+    PACKED_INT4,
+    Bounds,
+    Layout,
+    Weights,
+    Workload,
+    visual_positions,
+)
 from uhd_export.runtime.settings import Settings
 
 
@@ -37,7 +44,8 @@ def bundle_weights(manifest: Manifest, device: str) -> Weights:
     if device == "cpu" and manifest.backend not in ENGINE_BACKENDS:  # float16 becomes float32 when loaded
         vision *= 4 // np.dtype(manifest.precision.vision).itemsize
         head *= 4 // item if bits is None else 1
-        language *= 4 // item if quantization is None or quantization.method is None else 1
+        packed = quantization is not None and quantization.method is not None
+        language = round(language * PACKED_INT4) if packed else language * (4 // item)
     return Weights(vision, language, head, size(EMBEDDINGS))
 
 

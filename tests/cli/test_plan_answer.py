@@ -100,6 +100,6 @@ def test_bounds_tighten_as_memory_gets_short(golden_bundle):
     manifest = read_manifest(golden_bundle)
     wide = fitting_bounds(manifest, "cpu", manifest.settings, None, available=64 << 30)
     tight = fitting_bounds(manifest, "cpu", manifest.settings, None, available=1)
-    assert (wide.rows, wide.chunk) == (1200, None) and (tight.rows, tight.chunk) == (0, 64)
+    assert (wide.rows, wide.chunk) == (1200, 600) and (tight.rows, tight.chunk) == (0, 64)
     engines = dataclasses.replace(manifest, backend="tensorrt")
     assert fitting_bounds(engines, "cuda", manifest.settings, None, available=1).rows is None

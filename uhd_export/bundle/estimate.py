@@ -171,7 +171,8 @@ def _check(positions: int, capacity: int) -> None:
 
 
 def _plan(work: Workload, question: Question) -> tuple[MemoryPlan, bool]:
-    plan = work.plan(replace(work.layout.bounds, chunk=question.chunk))
+    bounds = work.layout.bounds
+    plan = work.plan(replace(bounds, chunk=question.chunk or bounds.chunk))
     return plan, plan.fits(question.memory)
 
 
@@ -182,7 +183,7 @@ def _remedies(work: Workload, question: Question) -> Iterator[str]:
     fitted = work.fitted(question.memory)
     if fitted.fits(question.memory):
         changes = []
-        if fitted.bounds.chunk is not None:
+        if fitted.bounds.chunk != work.layout.bounds.chunk:
             changes.append(f"--prefill-chunk {fitted.bounds.chunk}")
         if fitted.bounds.rows != work.layout.bounds.rows:
             changes.append("one crop at a time")
@@ -195,17 +196,18 @@ def _remedies(work: Workload, question: Question) -> Iterator[str]:
 def _presets(model: ModelConfig, layout: str, preset: str, question: Question) -> Iterator[str]:
     """The first smaller preset that fits; where none does, how much the smallest is over."""
     names = list(PRESETS)
-    smaller = names[names.index(preset) + 1 :]
-    least: MemoryPlan | None = None
+    smaller = names[names.index(preset) + 1 :] or [preset]
     for name in smaller:
         size = bundle_size(model, _options(name, question), question.device)
         work = _workload(model, size, layout, question)
         least = work.fitted(question.memory)
         if least.fits(question.memory):
             chunk = least.bounds.chunk
-            yield f"--preset {name}" + ("" if chunk is None else f" with --prefill-chunk {chunk}")
+            shorter = "" if chunk == work.layout.bounds.chunk else f" with --prefill-chunk {chunk}"
+            if name != preset:
+                yield f"--preset {name}{shorter}"
             return
-    if least is not None and question.memory is not None:
+    if question.memory is not None:
         over = least.peak - question.memory
         yield f"{over / 1e9:.1f} GB more, even for --preset {smaller[-1]}"
 

@@ -8,7 +8,7 @@ from uhd_export.bundle.options import BuildOptions
 from uhd_export.checkpoint.int4.linears import head_group, largest_group
 from uhd_export.graph.int4.options import AUTO, HEADS
 from uhd_export.runtime.config import LanguageConfig, ModelConfig
-from uhd_export.runtime.planning.memory import Layout, Weights
+from uhd_export.runtime.planning.memory import PACKED_INT4, Layout, Weights
 from uhd_export.runtime.profiling.costs import decode, jbu, projector, total, vit
 
 # Its matrices are the same for each shape of crop.
@@ -47,7 +47,9 @@ def bundle_size(model: ModelConfig, options: BuildOptions, device: str) -> Bundl
     resident = replace(
         stored,
         vision=stored.vision * wide,
-        language=stored.language * (1 if four_bits else wide),
+        language=round(stored.language * (PACKED_INT4 if device == "cpu" else 1))
+        if four_bits
+        else stored.language * wide,
         head=stored.head * (wide if HEADS[head] is None else 1),
     )
     layout = Layout(
