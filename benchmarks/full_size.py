@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, bundle in bundles.items():
         asked = ("--size", options.size, "--grid", "selective", "--repeats", options.repeats)
         profile = command("profile", bundle, *asked, "--tokens", options.tokens, "--json")
-        facts = json.loads(profile["printed"])
+        facts = json.loads(profile["printed"]) | {"bundle": name}  # its folder is gone afterwards
         variants[name] |= {"profile_seconds": profile["seconds"], **figures(facts), "profile": facts}
     check = command("check", bundle) if options.check else None
     return {

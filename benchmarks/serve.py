@@ -26,7 +26,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PARTS = ("wide", "nano")
 LAYERS, GROUP, CONTEXT = 4, 128, 256
-CALLERS, PROMPT, ANSWER = 8, 64, 48
+CALLERS, PROMPT = 8, 64
+# Prompts are computed one after another either way: the longer the answer, the more of a request is decoding.
+ANSWERS = (48, 128)
 BATCHES, STEPS = (1, 2, 4, 8), 10
 WANTED = 2.5
 HTTP_CALLERS, HTTP_ANSWER = (1, 4, 16), 48
@@ -51,8 +53,8 @@ def emit_wide(folder: Path) -> None:
     np.save(folder / "embeddings.npy", table)
 
 
-def run_wide(folder: Path, engine: Any, slots: int, turn: int) -> dict:
-    """`CALLERS` requests on `slots` slots: seconds, and what each answer took."""
+def run_wide(folder: Path, engine: Any, slots: int, answer: int, turn: int) -> dict:
+    """`CALLERS` requests of `answer` tokens on `slots` slots: seconds, and what each answer took."""
     from uhd_export.checkpoint.source import EMBEDDED
     from uhd_export.runtime.language.embeddings import EmbeddingTable
     from uhd_export.runtime.language.prompt import load_tokenizer
@@ -77,12 +79,12 @@ def run_wide(folder: Path, engine: Any, slots: int, turn: int) -> dict:
         [3 + (7919 * (turn * CALLERS + c) + 31 * i) % 30000 for i in range(PROMPT)] for c in range(CALLERS)
     ]
     start = time.perf_counter()
-    streams = [scheduler.submit(Request(PromptSequence(one, []), max_tokens=ANSWER)) for one in ids]
+    streams = [scheduler.submit(Request(PromptSequence(one, []), max_tokens=answer)) for one in ids]
     for stream in streams:
         stream.text()
     seconds = time.perf_counter() - start
     scheduler.close()
-    return describe(seconds, [ANSWER] * CALLERS, [stream.summary.total for stream in streams])
+    return describe(seconds, [answer] * CALLERS, [stream.summary.total for stream in streams])
 
 
 def measure_step(folder: Path, threads: int, count: int) -> dict:
@@ -128,26 +130,23 @@ def measure_wide(threads: int, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         emit_wide(folder)
-        alone, together = [], []
         with open_engine(folder / "language.onnx", threads=threads) as engine:
-            for turn in range(rounds + 1):  # the first warms up
-                alone.append(run_wide(folder, engine, 1, turn))
-                together.append(run_wide(folder, engine, CALLERS, turn))
+            answers = {answer: compare(folder, engine, answer, rounds) for answer in ANSWERS}
         steps = {count: measure_step(folder, threads, count) for count in BATCHES}
+    sizes = {"layers": LAYERS, "group": GROUP, "callers": CALLERS, "prompt": PROMPT}
+    return {**sizes, "answers": answers, "steps": steps}
+
+
+def compare(folder: Path, engine: Any, answer: int, rounds: int) -> dict:
+    """One slot and 8, in turns."""
+    alone, together = [], []
+    for turn in range(rounds + 1):  # the first warms up
+        alone.append(run_wide(folder, engine, 1, answer, turn))
+        together.append(run_wide(folder, engine, CALLERS, answer, turn))
     alone, together = alone[1:], together[1:]
     ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in zip(alone, together, strict=True)]
-    return {
-        "layers": LAYERS,
-        "group": GROUP,
-        "callers": CALLERS,
-        "prompt": PROMPT,
-        "answer": ANSWER,
-        "one_after_another": alone,
-        "together": together,
-        "speedup": statistics.median(ratios),
-        "speedups": ratios,
-        "steps": steps,
-    }
+    found = {"one_after_another": alone, "together": together}
+    return {**found, "speedup": statistics.median(ratios), "speedups": ratios}
 
 
 @contextlib.contextmanager
@@ -226,12 +225,15 @@ def measure_nano(threads: int, count: int) -> dict:
 def show(part: str, result: dict) -> None:
     """What a reader wants to know first."""
     if part == "wide":
-        for name in ("one_after_another", "together"):
-            rates = [one["tokens_per_second"] for one in result[name]]
-            print(f"wide, {name.replace('_', ' ')}: {statistics.median(rates):.1f} tokens/s")
         print(
-            f"wide: {result['speedup']:.2f} times as many at {result['callers']} callers (wanted: {WANTED})"
+            "| tokens an answer | one after another | 8 callers | times the tokens/s |\n|---:|---:|---:|---:|"
         )
+        for answer, found in result["answers"].items():
+            alone, together = (
+                statistics.median(one["tokens_per_second"] for one in found[name])
+                for name in ("one_after_another", "together")
+            )
+            print(f"| {answer} | {alone:.1f} | {together:.1f} | {found['speedup']:.2f} (wanted: {WANTED}) |")
         one = result["steps"][1]["seconds"]
         print("\n| rows of a step | ms | times the tokens/s | where |\n|---:|---:|---:|---|")
         for count, step in result["steps"].items():
