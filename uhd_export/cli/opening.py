@@ -78,7 +78,7 @@ machine_options = (
         "--prefill-chunk",
         type=COUNT,
         metavar="N",
-        help="Positions of a prompt a run; default: all that memory allows.",
+        help="Positions of a prompt a run; default: as many as are faster, or fit.",
         section=MACHINE,
     ),
 )
