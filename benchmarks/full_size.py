@@ -4,12 +4,13 @@ Random weights in the official format and names, the language model's as a GPTQ 
 (5 GB). `before` is int4 weights with head, vision and cache in float32; `small` is `--preset small` with an
 8-bit cache, calibrated on one small image, since there is nothing to learn of random weights. Each is built,
 opened cold and profiled by the command line as a user would, one after the other and each command in a
-process of its own. A profile file of each is what `uhd-export profile FILE --html PAGE` draws. Takes 20 GB of
-disk (TMPDIR says where); on two cores about ten minutes, most of it for the profiles. --check adds the parity
-of the last variant, which takes minutes and reads everything.
+process of its own. A profile file of each is what `uhd-export profile FILE --html PAGE` draws. Ratios are of
+`uhd-export profile --compare`, which asks two bundles in turns: memory that is shared with others may become
+a fifth slower within minutes. Takes 20 GB of disk (TMPDIR says where), and about 25 minutes on two cores.
+--check adds the parity of the last variant, which takes minutes and reads everything.
 
-    python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--profiles FOLDER]
-                                   [--check] [--json FILE]
+    python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--turns 3]
+                                   [--profiles FOLDER] [--check] [--json FILE]
 """
 
 import argparse
@@ -100,6 +101,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         facts = json.loads(profile["printed"]) | {"bundle": name}  # its folder is gone afterwards
         variants[name] |= {"profile_seconds": profile["seconds"], **figures(facts), "profile": facts}
     check = command("check", bundle) if options.check else None
+    pairs = {name: in_turns(bundles["before"], bundles[name], options) for name in others(bundles)}
     return {
         "layers": options.layers,
         "group": GROUP,
@@ -107,7 +109,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "machine": facts["machine"],
         "checkpoint_seconds": written,
         "variants": variants,
-        "ratios": ratios(variants),
+        "ratios": pairs,
         "check": check and {"seconds": check["seconds"], "lines": check["printed"].splitlines()},
     }
 
@@ -127,17 +129,22 @@ def figures(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ratios(variants: dict[str, Any]) -> dict[str, Any]:
-    """How many times as fast as `before` each other variant is, by stage."""
-    before = variants.get("before")
+def others(bundles: dict[str, Path]) -> list[str]:
+    """The variants that `before` is compared with."""
+    return [name for name in bundles if name != "before"] if "before" in bundles else []
+
+
+def in_turns(before: Path, other: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By stage, how many times as fast as `before` the other is, and the interval of that; asked in turns."""
+    asked = ("--size", options.size, "--grid", "selective", "--repeats", options.turns)
+    run = command("profile", "--compare", before, other, *asked, "--tokens", options.tokens, "--json")
     return {
-        name: {
-            stage: before["seconds"][stage] / seconds
-            for stage, seconds in one["seconds"].items()
-            if seconds and stage in before["seconds"]
+        one["stage"]: {
+            "times": 1 / one["ratio"],
+            "interval": one["interval"] and [1 / end for end in reversed(one["interval"])],
         }
-        for name, one in variants.items()
-        if before is not None and name != "before"
+        for one in json.loads(run["printed"])["ratios"]
+        if one["stage"] != "pixels"
     }
 
 
@@ -165,8 +172,8 @@ def show(result: dict[str, Any]) -> None:
     for name, one in result["variants"].items():
         print(f"| {name} | " + " | ".join(cell(one) for _, cell in COLUMNS) + " |")
     for name, found in result["ratios"].items():
-        text = ", ".join(f"{stage} {ratio:.2f}x" for stage, ratio in found.items() if stage != "pixels")
-        print(f"\n{name}, times as fast as before: {text}")
+        text = ", ".join(f"{stage} {ratio['times']:.2f}x" for stage, ratio in found.items())
+        print(f"\n{name}, times as fast as before, in turns: {text}")
     for target, reached in targets(result).items():
         print(f"- {target}: {reached}")
     for name, one in result["variants"].items():
@@ -188,7 +195,7 @@ def targets(result: dict[str, Any]) -> dict[str, str]:
         reached = "not taken" if value is None else f"{value / 1e9:.2f} ({'yes' if value <= most else 'NO'})"
         found[f"{field} at most {most / 1e9:.1f} GB"] = reached
     for stage, least in LEAST.items():
-        ratio = result["ratios"]["small"][stage]
+        ratio = result["ratios"]["small"][stage]["times"]
         found[f"{stage} at least {least:g}x"] = f"{ratio:.2f}x ({'yes' if ratio >= least else 'NO'})"
     return found
 
@@ -202,6 +209,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: before and small")
     parser.add_argument("--size", default="1008x672", help="of the image")
     parser.add_argument("--repeats", type=int, default=2, help="of an answer, after warming up")
+    parser.add_argument("--turns", type=int, default=3, help="of the comparison")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each answer")
     parser.add_argument("--profiles", type=Path, help="folder for a profile file of each variant")
     parser.add_argument("--check", action="store_true", help="parity of the last variant too")

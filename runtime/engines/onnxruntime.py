@@ -25,6 +25,7 @@ from uhd_export.runtime.engines.buffers import Buffer
 from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.fetch import Fetch
 from uhd_export.runtime.engines.interruptible import Caller
+from uhd_export.runtime.engines.large_pages import large_pages
 from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
 from uhd_export.runtime.memory import return_memory
@@ -94,11 +95,15 @@ class OrtEngine(Engine):
             options.intra_op_num_threads = threads
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        files = [self.path, self.path.with_name(f"{self.path.name}.data")]
+        self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        providers = _providers(self.device, tf32)
         ort.set_default_logger_severity(4)
         try:
-            self.session = ort.InferenceSession(
-                graph or str(path), options, providers=_providers(self.device, tf32), enable_fallback=False
-            )
+            with large_pages(_loaded(self.weight_bytes) if self.on_host else 0):
+                self.session = ort.InferenceSession(
+                    graph or str(path), options, providers=providers, enable_fallback=False
+                )
         except Exception as error:  # the binding's exceptions have no common base but this
             if "device_id" in str(error):
                 raise UhdError(f"device {device}: there is no such GPU; see nvidia-smi -L") from None
@@ -118,8 +123,6 @@ class OrtEngine(Engine):
         self.inputs = {i.name: _describe(i) for i in self.session.get_inputs()}
         self.outputs = {o.name: _describe(o) for o in self.session.get_outputs()}
         self.trim()
-        files = [self.path, self.path.with_name(f"{self.path.name}.data")]
-        self.weight_bytes = sum(file.stat().st_size for file in files if file.is_file())
 
     def infer(self, feeds: Mapping[str, Array], stop: Stop | None = None) -> dict[str, NDArray[Any]]:
         """See `Engine.infer`. Feeds may be what `keep` returned."""
@@ -303,6 +306,11 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
         raise UhdError(
             f"device {device}: ONNX Runtime has no kernel that updates {name} in {info.dtype} there; {remedy}"
         )
+
+
+def _loaded(weight_bytes: int) -> int:
+    """Bytes that a session allocates for so many of weights: a tenth more in 4 bits, and its graph."""
+    return weight_bytes * 11 // 10 + (32 << 20)
 
 
 def _reason(error: Exception) -> str:
