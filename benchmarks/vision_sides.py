@@ -1,7 +1,6 @@
 """The sides that benchmarks/vision.py compares, and what each of them loads."""
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Collection, Sequence
@@ -169,15 +168,15 @@ def export(folder: Path, sides: Sequence[str]) -> None:
     from uhd_export.runtime.image.pattern import pattern
 
     config, checkpoint = read_config(folder), Checkpoint(folder)
-    emit_vision(config, checkpoint, folder / Folded.name)
+    emit_vision(config, checkpoint, folder / Folded.name, contrib=True)
     if "int8" in sides:
         images = [pattern(336, 336)]  # nothing can be learnt of random weights
         plan = calibrate_vision(config, checkpoint, config.settings(ImageOptions()), images, folder)
         products = plan.products("onnxruntime")
-        emit_vision(config, plan.view(checkpoint), folder / Int8.name, products=products)
+        emit_vision(config, plan.view(checkpoint), folder / Int8.name, products=products, contrib=True)
         print(f"int8: {len(plan.record.int8)} products in 8 bits, {len(plan.record.dense)} dense")
     if any(side.startswith("openvino") for side in sides):
-        shutil.copyfile(folder / Folded.name, folder / INLINED)  # weights stay where they are
+        emit_vision(config, checkpoint, folder / INLINED)
         inline_functions(folder / INLINED)
         export_openvino(folder, "openvino-int8" in sides)
 

@@ -93,9 +93,10 @@ class Vit:
         (name,) = {self.products[node].input[0] for node in group.nodes}
         return name
 
-    def weight_of(self, group: Group) -> np.ndarray:
-        """(K, all outputs) side by side."""
-        return np.concatenate([self.weights[self.products[n].input[1]] for n in group.nodes], axis=1)
+    def product_of(self, group: Group) -> Product:
+        """Of the group's weights side by side."""
+        weights = [self.weights[self.products[n].input[1]] for n in group.nodes]
+        return product(group.name, np.concatenate(weights, axis=1))
 
     def smooth(self, group: Group, factor: np.ndarray) -> None:
         """Divide what the group takes by `factor`, a channel each, and multiply its weights' rows: exact."""
@@ -122,17 +123,10 @@ class Vit:
         for node in source.graph:
             names = [value.name or "" if value is not None else "" for value in node.inputs]
             if node.name in rounded:
-                weight = self.weights[names[1]]
-                product = Product(
-                    rounded[node.name],
-                    *weight.shape,
-                    ir.DataType.FLOAT,
-                    lambda weight=weight: weight,
-                    lambda weight=weight: np.zeros(weight.shape[1], np.float32),
-                )
                 x = values[names[0]]
                 assert x is not None
-                made: tuple[ir.Value, ...] = (DynamicInt8().emit(b, x, product),)
+                int8_product = product(rounded[node.name], self.weights[names[1]])
+                made: tuple[ir.Value, ...] = (DynamicInt8().emit(b, x, int8_product),)
             else:
                 inputs = [values[name] for name in names]
                 made = b.ops(node.op_type, *inputs, outputs=len(node.outputs), **node.attributes)
@@ -143,6 +137,12 @@ class Vit:
             assert value is not None
             b.output(value, name, ir.DataType.FLOAT, None)
         b.save(path)
+
+
+def product(name: str, weight: np.ndarray) -> Product:
+    """With `weight` (K, N); the graph adds biases itself."""
+    bias = np.zeros(weight.shape[1], np.float32)
+    return Product(name, *weight.shape, ir.DataType.FLOAT, lambda: weight, lambda: bias)
 
 
 def model_path() -> Path:
@@ -192,7 +192,7 @@ def decide(vit: Vit, seen: Mapping[str, Seen], smoothing: bool) -> dict[str, dic
     """Smooth `vit` where it helps; each group's error, its largest input, and the factors' range."""
     found = {}
     for group in groups():
-        error, factor = least_error(seen[group.name], vit.weight_of(group), smoothing and bool(group.before))
+        error, factor = least_error(seen[group.name], vit.product_of(group), smoothing and bool(group.before))
         largest = np.maximum(abs(seen[group.name].low), abs(seen[group.name].high))
         found[group.name] = {
             "error": error,

@@ -22,6 +22,7 @@ from uhd_export.runtime.engines.base import (
     check_feeds,
 )
 from uhd_export.runtime.engines.buffers import Buffer
+from uhd_export.runtime.engines.denormals import denormals_as_zero
 from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.fetch import Fetch
 from uhd_export.runtime.engines.interruptible import Caller
@@ -91,6 +92,7 @@ class OrtEngine(Engine):
         if graph is not None:
             folder = str(self.path.parent.resolve())
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in the threads of the session
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
@@ -100,7 +102,7 @@ class OrtEngine(Engine):
         providers = _providers(self.device, tf32)
         ort.set_default_logger_severity(4)
         try:
-            with large_pages(_loaded(self.weight_bytes) if self.on_host else 0):
+            with denormals_as_zero(), large_pages(_loaded(self.weight_bytes) if self.on_host else 0):
                 self.session = ort.InferenceSession(
                     graph or str(path), options, providers=providers, enable_fallback=False
                 )
@@ -318,7 +320,7 @@ def _reason(error: Exception) -> str:
 
 
 def _stoppable(run: Callable[[ort.RunOptions], T], options: ort.RunOptions, stop: Stop) -> T:
-    with stop.ending(lambda: setattr(options, "terminate", True)):
+    with stop.ending(lambda: setattr(options, "terminate", True)), denormals_as_zero():
         try:
             return run(options)
         except Exception:  # the binding's exceptions have no common base but this

@@ -85,7 +85,7 @@ def write_cut(folder: Path, preset: str, tokenizer: Path) -> Path:
     whole, vision_graph._fold = vision_graph._fold, lambda config, _: folded(config)
     try:
         products = DynamicInt8() if options.vision_weights == "int8" else None
-        emit_vision(config, checkpoint, folder / VISION, products=products)
+        emit_vision(config, checkpoint, folder / VISION, products=products, contrib=options.contrib)
     finally:
         vision_graph._fold = whole
     one = np.full((config.language.kv_heads, config.language.head_size), 0.05, np.float32)

@@ -242,6 +242,7 @@ def _write_vision(
             fold=options.fold,
             dtype=options.precision,
             products=None if int8 is None else int8.products(options.dialect),
+            contrib=options.contrib,
             progress=bar.set,
         )
     if options.inline:

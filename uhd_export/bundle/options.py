@@ -68,6 +68,11 @@ class BuildOptions:
         return "onnxruntime" if self.engines is None else "tensorrt"
 
     @property
+    def contrib(self) -> bool:
+        """Whether the vision graph may have operators that only ONNX Runtime has."""
+        return self.engines is None and not self.inline
+
+    @property
     def attention_accumulation(self) -> str:
         """The type in which attention adds up its products, where the backend leaves it to the graph."""
         return "float32" if self.engines is None else self.engines.attention_accumulation

@@ -48,7 +48,7 @@ def _pixel_scale(
     b: GraphBuilder, config: ProjectorConfig, level: FoldedLevel, weights: Weights, name: str, x: ir.Value
 ) -> ir.Value:
     """The LayerNorm's scalar of each pixel, (B, H, W), summed in float32."""
-    x = weights.array_product(x, name + "norm", level.norm_weight, level.norm_bias)
+    x = weights.array_product(x, name + "norm", level.norm_weight, level.norm_bias, length_only=True)
     if weights.dtype != ir.DataType.FLOAT:
         x = b.op("Cast", x, to=ir.DataType.FLOAT)
     length = b.op("ReduceSumSquare", x, b.constant([-1]), keepdims=0)

@@ -15,6 +15,7 @@ class Product:
     """y = x W + b with W (inputs, outputs), read when called.
 
     `name` is the module's in the checkpoint, several joined by "+". `dtype` is that of x and y.
+    `length_only` says that of every row of y only the length is used: other errors cost nothing.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Product:
     dtype: ir.DataType
     weight: Callable[[], np.ndarray]
     bias: Callable[[], np.ndarray]
+    length_only: bool = False
 
 
 class ProductFormat(Protocol):

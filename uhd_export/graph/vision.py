@@ -33,6 +33,7 @@ def emit_vision(
     fold: bool = True,
     dtype: str = "float32",
     products: ProductFormat | None = None,
+    contrib: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the vision graph of `checkpoint` to `path`, its weights beside it.
@@ -40,7 +41,7 @@ def emit_vision(
     Inputs: `pixels` (B, 3, 14h, 14w) float32 and the float32 matrices of `crop_geometry`.
     Output: `tokens` (B, side^2, D) float32. `dtype` is the type of weights and
     activations; norms and softmax sums are float32 throughout. `products` is the format of dense products
-    (default: dense). With `fold` the Hiwin
+    (default: dense). `contrib` uses operators that only ONNX Runtime has. With `fold` the Hiwin
     projector is folded exactly (`uhd_export.model.folding`); without, and for v1, it is the released
     computation.
     """
@@ -64,7 +65,7 @@ def emit_vision(
         geometry = {name: b.op("Cast", value, to=kind) for name, value in geometry.items()}
     with b.scope("vit"):
         weights = Weights(b, checkpoint, VISION_PREFIX, kind, products)
-        features = emit_vit(b, config.vision, weights, pixels, geometry)
+        features = emit_vit(b, config.vision, weights, pixels, geometry, contrib=contrib)
     weights = Weights(b, checkpoint, PROJECTOR_PREFIX, kind, products)
     if config.projector.kind == "v1":
         with b.scope("hiwin"):

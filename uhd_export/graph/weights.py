@@ -52,10 +52,12 @@ class Weights:
         )
         return self._products.emit(self.b, x, product)
 
-    def array_product(self, x: ir.Value, name: str, weight: torch.Tensor, bias: torch.Tensor) -> ir.Value:
+    def array_product(
+        self, x: ir.Value, name: str, weight: torch.Tensor, bias: torch.Tensor, *, length_only: bool = False
+    ) -> ir.Value:
         """x W + b with tensors computed by us, W (in, out), in the products' format."""
-        inputs, outputs = weight.shape
-        product = Product(f"{self.prefix}{name}", inputs, outputs, self.dtype, weight.numpy, bias.numpy)
+        name, shape = f"{self.prefix}{name}", weight.shape
+        product = Product(name, *shape, self.dtype, weight.numpy, bias.numpy, length_only)
         return self._products.emit(self.b, x, product)
 
     def bias(self, *names: str) -> ir.Value:

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from golden import recipe
 from rich.console import Console
@@ -21,7 +22,7 @@ import uhd_export.bundle.staging as staging
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
 from uhd_export.runtime import Pipeline
-from uhd_export.runtime.bundle.manifest import STORED, Parity, VisionQuantization, read_manifest
+from uhd_export.runtime.bundle.manifest import STORED, VISION, Parity, VisionQuantization, read_manifest
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.terminal.bundle_report import print_parity
 
@@ -61,6 +62,16 @@ def test_bundle_carries_its_evidence(make, tmp_path, spoken_checkpoint):
     with Pipeline.open(tmp_path / "out") as pipeline:
         logits = pipeline.logits(recipe.image(1008, 672, 0), expected["prompt"].tolist())
     assert_close(logits[0], expected["logits_last"])
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_bundle_for_other_readers_has_standard_operators_alone(make, tmp_path, inline):
+    make(inline=inline)
+    model = onnx.load(tmp_path / "out" / VISION, load_external_data=False)
+    attention = {node.domain for node in model.graph.node if node.op_type == "MultiHeadAttention"}
+    assert attention == (set() if inline else {"com.microsoft"})
+    if inline:
+        assert not model.functions and {node.domain for node in model.graph.node} == {""}
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from uhd_export.bundle.options import BuildOptions
 from uhd_export.checkpoint.options import ImageOptions
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.graph.int8 import calibrate
-from uhd_export.graph.int8.rounding import product_error, round_activations, round_weight
+from uhd_export.graph.int8.rounding import relative_error, round_activations, round_weight, rounded_product
 from uhd_export.graph.int8.smoothing import factors, groups
+from uhd_export.graph.products import Product
 from uhd_export.graph.vision import emit_vision
 from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.runtime.engines.onnxruntime import OrtEngine
@@ -59,7 +60,7 @@ def test_smoothing_moves_outliers_and_rounds_nothing():
     ).all()
 
     def error(x, weight):
-        return product_error(x, x.min(0), x.max(0), weight)
+        return relative_error(rounded_product(x, x.min(0), x.max(0), weight), x @ weight)
 
     assert error(x / factor, weight * factor[:, None]) < error(x, weight) / 2
 
@@ -130,6 +131,24 @@ def test_what_loses_too_much_stays_dense(planned, tmp_path, monkeypatch):
     emit_vision(config, plan.view(checkpoint), tmp_path / "v.onnx", products=plan.products("onnxruntime"))
     operators = [node.op_type for node in onnx.load(tmp_path / "v.onnx", load_external_data=False).graph.node]
     assert operators.count("MatMulInteger") == 4
+
+
+def test_of_a_product_whose_lengths_are_used_only_their_error_counts():
+    x, weight = RNG.standard_normal((64, 32)).astype(np.float32), RNG.standard_normal((32, 64))
+    weight[:, 0] *= 100  # in every row by far the longest part, and rounded well
+
+    def error(length_only):
+        product = Product(
+            "p", 32, 64, ir.DataType.FLOAT, lambda: weight, lambda: np.full(64, 9.0), length_only
+        )
+        seen = calibrate.Seen(x.min(0), x.max(0), x)
+        return calibrate.least_error(seen, product, False)[0]
+
+    rounded = rounded_product(x, x.min(0), x.max(0), weight)
+    assert error(False) == pytest.approx(relative_error(rounded, x @ weight))
+    lengths = [np.linalg.norm(rows + 9, axis=1) for rows in (rounded, x @ weight)]
+    assert error(True) == pytest.approx(relative_error(*lengths))
+    assert 0 < error(True) < error(False)
 
 
 def test_half_precision_is_refused():

@@ -25,11 +25,11 @@ def vision_session(golden_model, golden_checkpoint, tmp_path_factory):
     """`vision_session(fold, dtype, **model options)`: (model, ONNX Runtime session), emitted once."""
 
     @functools.cache
-    def build(fold=True, dtype="float32", **options):
+    def build(fold=True, dtype="float32", contrib=False, **options):
         model = golden_model(**options)
         path = tmp_path_factory.mktemp("vision") / "vision.onnx"
         checkpoint = Checkpoint(golden_checkpoint)
-        emit_vision(model.config, checkpoint, path, fold=fold, dtype=dtype)
+        emit_vision(model.config, checkpoint, path, fold=fold, dtype=dtype, contrib=contrib)
         checkpoint.close()
         quiet = ort.SessionOptions()
         quiet.log_severity_level = 3
@@ -56,6 +56,17 @@ def errors(model, session, rows, cols, *, grid_mode="selective", batch=1, seed=0
 @pytest.mark.parametrize("mask", [1, 3, 5, 7])
 def test_graph_equals_pytorch(vision_session, fold, mask):
     assert errors(*vision_session(fold, mask=mask), 5, 7, batch=2) < RELATIVE
+
+
+@pytest.mark.parametrize("dtype, most", [("float32", RELATIVE), ("float16", 5e-3)])
+def test_onnx_runtimes_own_attention_equals_pytorch(vision_session, dtype, most):
+    model, session = vision_session(True, dtype, contrib=True)
+    assert errors(model, session, 24, 24, batch=2) < most
+    assert errors(model, session, 5, 7) < most
+    nodes = onnx.load(session._model_path, load_external_data=False).graph.node
+    attention = [node.name for node in nodes if node.op_type == "MultiHeadAttention"]
+    assert len(attention) == model.config.vision.layers
+    assert all(name.startswith("vit/") for name in attention)
 
 
 @pytest.mark.parametrize("fold", [True, False])

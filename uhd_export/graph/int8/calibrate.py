@@ -20,9 +20,9 @@ from uhd_export.graph.int8.products import (
     SomeInt8,
     StaticInt8,
 )
-from uhd_export.graph.int8.rounding import product_error
+from uhd_export.graph.int8.rounding import lengths, relative_error, rounded_product
 from uhd_export.graph.int8.smoothing import Group, SmoothedView, factors, groups
-from uhd_export.graph.products import ProductFormat
+from uhd_export.graph.products import Product, ProductFormat
 from uhd_export.graph.vision import emit_vision
 from uhd_export.runtime.bundle.manifest import VISION, VisionQuantization
 from uhd_export.runtime.engines.onnxruntime import OrtEngine
@@ -89,7 +89,7 @@ def calibrate_vision(
     dense: dict[str, float] = {}
     for name, product in observed.products.items():
         group = smoothable.get(name)
-        error, factor = least_error(seen[name], product.weight(), group is not None)
+        error, factor = least_error(seen[name], product, group is not None)
         largest[name] = float((np.maximum(abs(seen[name].low), abs(seen[name].high)) / factor).max())
         if error > LIMIT:
             dense[name] = error
@@ -100,15 +100,18 @@ def calibrate_vision(
     return Int8Plan(smoothing, largest, VisionQuantization(int8, dense, count))
 
 
-def least_error(seen: Seen, weight: np.ndarray, smoothable: bool) -> tuple[float, np.ndarray]:
-    """The least error of a product with `weight` (K, N), and the factors (K,) that leave it."""
-    activations = np.maximum(abs(seen.low), abs(seen.high))
+def least_error(seen: Seen, product: Product, smoothable: bool) -> tuple[float, np.ndarray]:
+    """The least error of what is used of a product, and the factors (inputs,) that leave it."""
+    weight, activations = product.weight(), np.maximum(abs(seen.low), abs(seen.high))
+    bias, used = (product.bias(), lengths) if product.length_only else (0.0, np.asarray)
+    exact = used(seen.rows @ weight + bias)
     best = (float("inf"), np.ones(len(weight), np.float32))
     for strength in _STRENGTHS if smoothable else (0.0,):
         factor = factors(activations, weight, strength) if strength else best[1]
-        error = product_error(
+        rounded = rounded_product(
             seen.rows / factor, seen.low / factor, seen.high / factor, weight * factor[:, None]
         )
+        error = relative_error(used(rounded + bias), exact)
         if error < best[0]:
             best = error, factor
     return best

@@ -1,4 +1,4 @@
-"""Rounding weights and activations to 8 bits, and the error of a product that both cause."""
+"""Rounding weights and activations to 8 bits, and the error that this causes."""
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -25,9 +25,17 @@ def round_activations(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((codes - zero) * scale).astype(np.float32)
 
 
-def product_error(x: np.ndarray, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> float:
-    """|q(x) q(W) - x W| / |x W| over rows x; `low` and `high` are the inputs' extremes over all rows."""
+def rounded_product(x: np.ndarray, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """q(x) q(W) of rows x; `low` and `high` are the inputs' extremes over all rows."""
     codes, scales = round_weight(weight)
-    exact = x @ weight
-    rounded = (round_activations(x, float(low.min()), float(high.max())) @ codes.astype(np.float32)) * scales
-    return float(np.linalg.norm(rounded - exact) / max(np.linalg.norm(exact), _TINY))
+    return (round_activations(x, float(low.min()), float(high.max())) @ codes.astype(np.float32)) * scales
+
+
+def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
+    """|actual - exact| / |exact|."""
+    return float(np.linalg.norm(actual - exact) / max(np.linalg.norm(exact), _TINY))
+
+
+def lengths(rows: np.ndarray) -> np.ndarray:
+    """The Euclidean length of every row."""
+    return np.linalg.norm(rows, axis=-1)
