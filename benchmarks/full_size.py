@@ -8,15 +8,19 @@ process of its own. A profile file of each is what `uhd-export profile FILE --ht
 `uhd-export profile --compare`, which asks two bundles in turns: memory that is shared with others may become
 a fifth slower within minutes. Takes 20 GB of disk (TMPDIR says where), and about 25 minutes on two cores.
 --check adds the parity of the last variant, which takes minutes and reads everything.
+--earlier CHECKOUT sets another version of this project beside the last variant: its own `build` makes a
+bundle with int4 weights of the same checkpoint, and both versions' `profile` take turns, since neither opens
+the other's bundles. The ratios are medians over turns, with the least and the greatest.
 
     python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--turns 3]
-                                   [--profiles FOLDER] [--check] [--json FILE]
+                                   [--earlier CHECKOUT] [--profiles FOLDER] [--check] [--json FILE]
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -59,13 +63,15 @@ def write_pairs(folder: Path) -> None:
     (folder / PAIRS).write_text(json.dumps(pair) + "\n", encoding="utf-8")
 
 
-def command(*arguments: object) -> dict[str, Any]:
-    """Run `uhd-export` with `arguments`: seconds, its peak of memory, and what it printed."""
+def command(*arguments: object, checkout: Path | None = None) -> dict[str, Any]:
+    """Run `uhd-export`, or that of a `checkout`: seconds, its peak of memory, and what it printed."""
     print(f"uhd-export {' '.join(str(part) for part in arguments)}", file=sys.stderr)
     start = time.perf_counter()
-    run = [sys.executable, "-P", "-m", "uhd_export", *(str(part) for part in arguments)]
+    code = ["-P", "-m", "uhd_export"] if checkout is None else [checkout / "cli.py"]
+    run = [str(part) for part in (sys.executable, *code, *arguments)]
+    own = {} if checkout is None else {"PYTHONPATH": str(checkout)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(run, stdout=out, stderr=errors)
+        process = subprocess.Popen(run, stdout=out, stderr=errors, env=os.environ | own, cwd=checkout)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
@@ -94,12 +100,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "files": files,
             "bundle_bytes": sum(files.values()),
         }
+    earlier = folder / "earlier"
+    if options.earlier:
+        asked = ("--weights", "int4", "--no-verify")
+        command("build", checkpoint, "-o", earlier, *asked, checkout=options.earlier)
     shutil.rmtree(checkpoint)  # room for files in the system's cache
     for name, bundle in bundles.items():
-        asked = ("--size", options.size, "--grid", "selective", "--repeats", options.repeats)
-        profile = command("profile", bundle, *asked, "--tokens", options.tokens, "--json")
-        facts = json.loads(profile["printed"]) | {"bundle": name}  # its folder is gone afterwards
-        variants[name] |= {"profile_seconds": profile["seconds"], **figures(facts), "profile": facts}
+        facts = profile(bundle, options) | {"bundle": name}  # its folder is gone afterwards
+        variants[name] |= {**figures(facts), "profile": facts}
     check = command("check", bundle) if options.check else None
     pairs = {name: in_turns(bundles["before"], bundles[name], options) for name in others(bundles)}
     return {
@@ -110,22 +118,49 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "checkpoint_seconds": written,
         "variants": variants,
         "ratios": pairs,
+        "earlier": beside(options, earlier, bundle) if options.earlier else None,
         "check": check and {"seconds": check["seconds"], "lines": check["printed"].splitlines()},
     }
+
+
+def profile(bundle: Path, options: argparse.Namespace, checkout: Path | None = None) -> dict[str, Any]:
+    """What `uhd-export profile` says of one grid mode."""
+    asked = ("--size", options.size, "--grid", "selective", "--repeats", options.repeats)
+    run = command("profile", bundle, *asked, "--tokens", options.tokens, "--json", checkout=checkout)
+    return json.loads(run["printed"])
+
+
+def beside(options: argparse.Namespace, earlier: Path, bundle: Path) -> dict[str, Any]:
+    """The bundles of an earlier version and of this one, profiled in turns: figures and ratios."""
+    git = ["git", "-C", str(options.earlier), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    turns = [
+        {
+            "earlier": figures(profile(earlier, options, options.earlier)),
+            "now": figures(profile(bundle, options)),
+        }
+        for _ in range(options.turns)
+    ]
+    ratios = {}
+    for stage in ("vision", "prefill", "decode", "first_token"):
+        found = [turn["earlier"]["seconds"][stage] / turn["now"]["seconds"][stage] for turn in turns]
+        ratios[stage] = {"times": statistics.median(found), "interval": [min(found), max(found)]}
+    size = sum(path.stat().st_size for path in earlier.iterdir())
+    return {"commit": commit, "bundle_bytes": size, "turns": turns, "ratios": ratios}
 
 
 def figures(facts: dict[str, Any]) -> dict[str, Any]:
     """What is compared, of a profile with one grid mode; seconds at the median, the peak of a cold answer."""
     (mode,) = facts["modes"]
     seconds = {name: stage["seconds"]["median"] for name, stage in mode["stages"].items()}
-    cold = mode["cold"]
+    cold = mode.get("cold")  # which earlier versions did not take
     return {
         "seconds": seconds | {"first_token": mode["first_token"]["median"]},
         "tokens_per_second": mode["tokens_per_second"],
         "peak_bytes": mode["peak_bytes"],
         "open_seconds": cold and cold["open_seconds"],
         "cold_first_token_seconds": cold and cold["first_token_seconds"],
-        "busy_with_others": facts["others"],
+        "busy_with_others": facts.get("others"),
     }
 
 
@@ -174,6 +209,8 @@ def show(result: dict[str, Any]) -> None:
     for name, found in result["ratios"].items():
         text = ", ".join(f"{stage} {ratio['times']:.2f}x" for stage, ratio in found.items())
         print(f"\n{name}, times as fast as before, in turns: {text}")
+    if result["earlier"]:
+        show_earlier(result["earlier"])
     for target, reached in targets(result).items():
         print(f"- {target}: {reached}")
     for name, one in result["variants"].items():
@@ -181,6 +218,23 @@ def show(result: dict[str, Any]) -> None:
             print(f"{name}: {warning}")
     if result["check"]:
         print("\n".join(result["check"]["lines"]))
+
+
+def show_earlier(earlier: dict[str, Any]) -> None:
+    """The two versions' medians over turns, and the ratios of each turn."""
+    print(
+        f"\nBeside commit {earlier['commit'][:7]}, whose bundle has {earlier['bundle_bytes'] / 1e9:.2f} GB:"
+    )
+    for side in ("earlier", "now"):
+        taken = [turn[side] for turn in earlier["turns"]]
+        stages = ", ".join(
+            f"{stage} {statistics.median(one['seconds'][stage] for one in taken):.3g} s"
+            for stage in earlier["ratios"]
+        )
+        print(f"- {side}: {stages}; peak {max(one['peak_bytes'] or 0 for one in taken) / 1e9:.2f} GB")
+    for stage, ratio in earlier["ratios"].items():
+        least, most = ratio["interval"]
+        print(f"- {stage}: {ratio['times']:.2f}x ({least:.2f} to {most:.2f})")
 
 
 def targets(result: dict[str, Any]) -> dict[str, str]:
@@ -211,6 +265,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of an answer, after warming up")
     parser.add_argument("--turns", type=int, default=3, help="of the comparison")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each answer")
+    parser.add_argument("--earlier", type=Path, metavar="CHECKOUT", help="of an earlier version, beside it")
     parser.add_argument("--profiles", type=Path, help="folder for a profile file of each variant")
     parser.add_argument("--check", action="store_true", help="parity of the last variant too")
     parser.add_argument("--json", type=Path)
