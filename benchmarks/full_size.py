@@ -40,13 +40,13 @@ MOST = {"peak_bytes": 5.5e9, "bundle_bytes": 4.5e9}
 LEAST = {"vision": 2.0, "first_token": 1.25, "decode": 1.4}
 
 
-def make_checkpoint(folder: Path, layers: int) -> Path:
+def make_checkpoint(folder: Path, layers: int, group: int | None = GROUP) -> Path:
     """The checkpoint, with the embedded model's tokenizer, filled up to the vocabulary with unused words."""
     from random_checkpoint import VICUNA_7B, write_checkpoint
 
     from uhd_export.checkpoint.source import EMBEDDED
 
-    write_checkpoint(folder, language_layers=layers, group=GROUP)
+    write_checkpoint(folder, language_layers=layers, group=group)
     tokenizer = json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))
     words = tokenizer["model"]["vocab"]
     words |= {f"unused{number}": number for number in range(len(words), VICUNA_7B["vocab_size"])}

@@ -1,8 +1,8 @@
 """The embedded model with each preset of `build`: answers, loss, sizes; and how fast a build is.
 
 Everything goes through the command line. GPTQ runs once. What comes out is shipped, for `build` to say before
-it starts (`uhd_export/nano/presets.json`). Rates of a model of Vicuna-7B's size are those of
-`full_size.py` and `quantize.py`. About ten minutes on two cores.
+it starts (`uhd_export/nano/presets.json`). Rates of a model of Vicuna-7B's size are those of `stages.py`,
+`quantize.py` and `engines.py`. About ten minutes on two cores.
 
     python benchmarks/presets.py [--count 200] [--work FOLDER] [--preset small ...]
 """
@@ -16,26 +16,28 @@ import tempfile
 from pathlib import Path
 
 from uhd_export.bundle.presets import PRESETS
+from uhd_export.bundle.stages import GPTQ
 from uhd_export.runtime.files import write_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "uhd_export" / "nano" / "presets.json"
-# Vicuna-7B's linear weights a layer, which `quantize.py` quantizes one of.
-_LAYER = 4 * 4096**2 + 3 * 4096 * 11008
+# Vicuna-7B's linear weights a layer, which `quantize.py` quantizes one of, and its head's.
+_LAYER, _HEAD = 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 32000
 
 
 def rates() -> dict:
-    """Seconds of building a byte and of GPTQ a weight and token, from the committed results."""
-    size = json.loads((RESULTS / "full-size-cpu.json").read_text())
-    size = size["variants"]["before"] if "variants" in size else size
-    written = size["bundle_bytes"]
-    written = written if isinstance(written, int) else sum(written.values())
-    layer = json.loads((RESULTS / "quantize-cpu.json").read_text())
-    return {
-        "machine": f"{layer['machine']['cores']}-core CPU",
-        "build_seconds_per_byte": size["build_seconds"] / written,
-        "gptq_seconds_per_weight_and_token": layer["seconds"] / (_LAYER * layer["tokens"]),
+    """Seconds of each stage of building and of GPTQ, a unit, from the committed results."""
+    stages, layer, engines = (
+        json.loads((RESULTS / f"{name}-cpu.json").read_text()) for name in ("stages", "quantize", "engines")
+    )
+    seconds = stages["seconds"] | {GPTQ: layer["seconds"] / (_LAYER * layer["tokens"])}
+    numbers = {
+        "vision": engines["vision"]["weight_bytes"] / 2,
+        "language": engines["language"]["layers"] * _LAYER + _HEAD,
     }
+    for part, count in numbers.items():
+        seconds[f"{part}.engine"] = engines[part]["build_seconds"] / count
+    return {"machine": f"{layer['machine']['cores']}-core CPU", "seconds": seconds}
 
 
 def command(*arguments: object) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from uhd_export.bundle.cost import model_sizes
 from uhd_export.bundle.exclusive import exclusive
+from uhd_export.bundle.stages import ASKING, GPTQ, IMAGES, WRITING, expected_seconds, gptq_units
 from uhd_export.bundle.staging import output_errors, staged_folder
 from uhd_export.calibration.accuracy import measure_accuracy
 from uhd_export.calibration.chart import draw_report
@@ -43,7 +45,7 @@ from uhd_export.runtime import json_files
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, Quantization
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, read_pairs
-from uhd_export.runtime.progress import progress_bar
+from uhd_export.runtime.progress import expect, progress_bar
 from uhd_export.runtime.settings import Settings
 
 # Raised when a change of code makes unfinished work of an earlier version useless.
@@ -124,6 +126,15 @@ def quantize(
     ):
         work.prepare(identity, say)
         saved = work.load_activations()
+        layer = 0 if saved is None else saved[0]
+        units = gptq_units(
+            model_sizes(config),
+            images=calibration.pairs if saved is None else 0,
+            samples=calibration.samples,
+            share=1 - layer / config.language.layers,
+            questions=questions,
+        )
+        expect(expected_seconds(units))
         if saved is not None:
             say(f"continuing unfinished work at layer {saved[0]} of {config.language.layers}")
         else:
@@ -137,13 +148,13 @@ def quantize(
         layer, states, judged = saved
         run = Run(checkpoint, config.language, gptq, work, states, judged, calibration.batch, layer)
         run.records()  # which raises where one is damaged, before hours of work
-        with progress_bar("GPTQ", show=progress) as bar:
+        with progress_bar(GPTQ, show=progress) as bar:
             run.quantize_layers(bar.set)
         origin = {"checkpoint": str(source), "revision": commit_of(folder)}
         report = _report(run, record | origin | {"made_of": identity}, version)
         with staged_folder(out, needed=bytes_beside_layers(checkpoint, config.language)) as staging:
             whole = work.whole_folder() if options.language_only else staging
-            with progress_bar("writing", show=progress) as bar:
+            with progress_bar(WRITING, show=progress) as bar:
                 write_checkpoint(checkpoint, raw, config.language, work, whole, bar.set)
                 if options.language_only:
                     write_language_part(whole, raw, staging, bar.set)
@@ -170,7 +181,7 @@ def _sequences(
     progress: bool,
 ) -> Sequences:
     tokenizer = checkpoint_tokenizer(checkpoint.folder)
-    with progress_bar("encoding images", options.pairs, show=progress) as bar:
+    with progress_bar(IMAGES, options.pairs, show=progress) as bar:
         return build_sequences(checkpoint, config, settings, tokenizer, pairs, options, bar.set)
 
 
@@ -188,7 +199,7 @@ def _accuracy(
     after = GptqCheckpoint(quantized, config.language.vocab)
     weights = {"before": checkpoint, "rtn": RoundedView(checkpoint, config.language, rounding), "gptq": after}
     try:
-        with progress_bar("asking", questions, show=progress) as bar:
+        with progress_bar(ASKING, questions, show=progress) as bar:
             return measure_accuracy(weights, checkpoint, config, settings, questions, bar.set)
     finally:
         after.close()

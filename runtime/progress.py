@@ -1,6 +1,6 @@
 """Progress on the terminal's error stream, silent where that is no terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
@@ -52,10 +52,10 @@ class Bar:
 
 
 class _Count(ProgressColumn):
-    """How much of how much: steps, or bytes in their unit."""
+    """How much of how much: steps, bytes in their unit, or stages of a whole."""
 
     def render(self, task: Task) -> Text:
-        done, total = int(task.completed), task.total
+        done, total = task.fields.get("stages") or (int(task.completed), task.total)
         if task.fields.get("nbytes"):
             of = "?" if total is None else format_bytes(int(total))
             return Text(f"{format_bytes(done)} of {of}")
@@ -65,7 +65,7 @@ class _Count(ProgressColumn):
 class _Left(ProgressColumn):
     """The time left, from the mean pace since the task began; nothing while that says nothing.
 
-    Stages of a whole have no common pace, so the whole is told no time.
+    Stages of a whole have no common pace: it is measured in the seconds that they were expected to take.
     """
 
     def render(self, task: Task) -> Text:
@@ -86,31 +86,58 @@ def seconds_left(at: float, elapsed: float, done: float, total: float | None) ->
 
 
 class _Overall:
-    """The bar of a whole command, in whose display the bars of its stages appear and vanish."""
+    """The bar of a whole command, in whose display the bars of its stages appear and vanish.
+
+    What it counts are the seconds that stages are expected to take, of which the mean pace since it began
+    makes the machine's own; a stage that nobody foresaw counts for nothing.
+    """
 
     current: "_Overall | None" = None
 
-    def __init__(self, progress: RichProgress, label: str, stages: int) -> None:
-        self.progress, self._label, self._stages = progress, label, stages
-        self._task, self._done = progress.add_task(label, total=stages), 0
+    def __init__(self, progress: RichProgress, label: str) -> None:
+        self.progress, self._label = progress, label
+        self._to_come: dict[str, float] = {}
+        self._passed, self._now, self._share = 0.0, 0.0, 0.0
+        self._ended, self._running = 0, False
+        self._task = progress.add_task(label, total=None, stages=(0, None))
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Stages that are to come."""
+        self._to_come |= seconds
+        self._show()
 
     def begin(self, stage: str) -> None:
         """A stage begins: the bar names it."""
         self.progress.update(self._task, description=f"{self._label}: {stage}")
+        self._now, self._share, self._running = self._to_come.pop(stage, 0.0), 0.0, True
+        self._show()
 
     def share(self, share: float) -> None:
         """So much of the stage that is under way is done."""
-        self.progress.update(self._task, completed=min(self._done + share, self._stages))
+        self._share = share
+        self._show()
 
     def end(self) -> None:
-        """A stage is over; one that nobody foresaw makes the whole longer."""
-        self._done += 1
-        self._stages = max(self._stages, self._done)
-        self.progress.update(self._task, completed=self._done, total=self._stages)
+        """A stage is over."""
+        self._passed, self._ended = self._passed + self._now, self._ended + 1
+        self._now, self._share, self._running = 0.0, 0.0, False
+        self._show()
 
     def finish(self) -> None:
-        """Everything is over."""
-        self.progress.update(self._task, description=self._label, completed=self._stages, total=self._stages)
+        """Everything is over, whatever was expected."""
+        self._to_come.clear()
+        self._show()
+        self.progress.update(self._task, description=self._label, completed=1, total=1)
+
+    def _show(self) -> None:
+        total = self._passed + self._now + sum(self._to_come.values())
+        self.progress.update(
+            self._task,
+            completed=self._passed + self._share * self._now,
+            total=total or None,
+            at=self.progress.tasks[self.progress.task_ids.index(self._task)].elapsed,
+            stages=(self._ended, self._ended + self._running + len(self._to_come)),
+        )
 
 
 def _display(show: bool) -> RichProgress:
@@ -120,18 +147,24 @@ def _display(show: bool) -> RichProgress:
 
 
 @contextmanager
-def overall_bar(label: str, stages: int, *, show: bool = True) -> Iterator[None]:
-    """One bar for the whole block: every `progress_bar` within is one of its `stages`, named in it."""
+def overall_bar(label: str, *, show: bool = True) -> Iterator[None]:
+    """One bar for the whole block: every `progress_bar` within is one of its stages, named in it."""
     if _Overall.current is not None:
         yield  # a command within a command
         return
     with _display(show) as progress:
-        _Overall.current = overall = _Overall(progress, label, stages)
+        _Overall.current = overall = _Overall(progress, label)
         try:
             yield
             overall.finish()
         finally:
             _Overall.current = None
+
+
+def expect(seconds: Mapping[str, float]) -> None:
+    """The whole bar that there is, if any, learns what stages are to come, and how long each may take."""
+    if _Overall.current is not None:
+        _Overall.current.expect(seconds)
 
 
 @contextmanager

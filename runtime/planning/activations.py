@@ -36,6 +36,7 @@ def crop_elements(grid: Grid, model: ModelConfig, *, fold: bool, grid_mode: str)
     vision = model.vision
     tokens = grid[0] * grid[1] + 1
     places = {
+        # With its scores, which graphs of standard operators alone hold.
         "vit attention": 2 * vision.heads * tokens**2 + 2 * tokens * vision.hidden,
         "vit mlp": 2 * tokens * vision.intermediate + 2 * tokens * vision.hidden,
     }

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from uhd_export.runtime import progress
-from uhd_export.runtime.progress import overall_bar, progress_bar, seconds_left
+from uhd_export.runtime.progress import expect, overall_bar, progress_bar, seconds_left
 
 
 @pytest.fixture
@@ -83,24 +83,32 @@ def test_a_bar_tells_the_time_left_of_its_own_steps(screen, clock):
     assert "about 6 s left" in screen.getvalue() and "about 4 s left" in screen.getvalue()
 
 
-def test_the_whole_moves_with_its_stage_and_tells_no_time(screen, clock):
-    """Stages take as long as they take: a mean of them foretells nothing."""
-    with overall_bar("build", 2), progress_bar("vision") as bar:
-        clock.now = 10
-        bar.set(9, 10)
-        task = progress._Overall.current.progress.tasks[0]
-        assert task.completed == pytest.approx(0.9)
-        bar._progress.refresh()
-    lines = [line for line in screen.getvalue().splitlines() if "left" in line]
-    assert lines and not any("build" in line for line in lines)
+def test_the_whole_tells_the_time_left_by_what_its_stages_were_expected_to_take(screen, clock):
+    """Half as fast as was expected: 10 seconds of 100 took 20, so the rest takes 180."""
+    with overall_bar("build"):
+        expect({"vision": 20, "language": 80})
+        with progress_bar("vision") as bar:
+            clock.now = 20
+            bar.set(5, 10)
+            bar._progress.refresh()
+            lines = [line for line in screen.getvalue().splitlines() if "about 180 s left" in line]
+            assert lines and all("build: vision" in line and "0/2" in line for line in lines)
+            clock.now = 40
+        with progress_bar("language") as bar:
+            clock.now = 120
+            bar.set(1, 2)
+            bar._progress.refresh()
+            line = [line for line in screen.getvalue().splitlines() if "build: language" in line][-1]
+            assert "about 80 s left" in line and "1/2" in line
 
 
 def test_stages_are_one_bar(screen):
-    with overall_bar("build", 2):
+    with overall_bar("build"):
+        expect({"vision": 1, "language": 1})
         for name in ("vision", "language"):
             with progress_bar(name) as bar:
                 bar.set(3, 9)
-            with overall_bar("quantize", 5):
+            with overall_bar("quantize"):
                 pass  # a command within a command has no bar of its own
     text = screen.getvalue()
     assert "build: vision" in text and "build: language" in text and "quantize" not in text
@@ -110,22 +118,32 @@ def test_stages_are_one_bar(screen):
 
 
 def test_stages_that_nobody_foresaw_and_those_that_did_not_come(screen):
-    for expected, ran in ((1, 3), (5, 2)):
-        with overall_bar("build", expected):
+    for expected, ran in ((0, 2), (1, 3), (5, 2)):
+        with overall_bar("build"):
+            expect({f"stage {i}": 3.0 for i in range(expected)})
             for i in range(ran):
-                with progress_bar(f"stage {i}", 1):
-                    pass
-        assert f"{max(expected, ran)}/{max(expected, ran)}" in last_line(screen)
+                with progress_bar(f"stage {i}", 1) as bar:
+                    bar.advance()
+                    task = progress._Overall.current.progress.tasks[0]
+                    assert task.fields["stages"] == (i, max(i + 1, expected))
+        assert f"{ran}/{ran}" in last_line(screen)
+
+
+def test_without_a_whole_nothing_is_expected(screen):
+    expect({"vision": 1})
+    with progress_bar("vision", 1):
+        pass
+    assert "1/1" in last_line(screen)
 
 
 def test_nothing_is_drawn_where_nobody_looks(capsys):
-    with overall_bar("build", 1), progress_bar("stage", 1) as bar:
+    with overall_bar("build"), progress_bar("stage", 1) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "")
 
 
 def test_after_an_error_the_next_command_has_its_own_bar(screen):
-    with pytest.raises(KeyboardInterrupt), overall_bar("build", 1), progress_bar("stage"):
+    with pytest.raises(KeyboardInterrupt), overall_bar("build"), progress_bar("stage"):
         raise KeyboardInterrupt
     with progress_bar("alone", 1):
         pass

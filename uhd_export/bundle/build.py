@@ -12,6 +12,7 @@ from uhd_export.bundle.cost import Cost, estimate_cost
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.parity import QUESTION, measure_parity
 from uhd_export.bundle.provenance import describe_source, tool_versions
+from uhd_export.bundle.stages import CACHE_CALIBRATION, HASHING, VISION_CALIBRATION
 from uhd_export.bundle.staging import refuse_existing, staged_folder
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.copy import copy_own
@@ -49,10 +50,9 @@ from uhd_export.runtime.bundle.manifest import (
 from uhd_export.runtime.engines.backends import engine_class
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
-from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language import prompt as prompts
 from uhd_export.runtime.language.pairs import Pair, Turn
-from uhd_export.runtime.progress import progress_bar
+from uhd_export.runtime.progress import expect, progress_bar
 from uhd_export.tensorrt.engines import replace_graphs
 
 _TABLE_ROWS = 4096
@@ -90,11 +90,12 @@ def build_bundle(
         options = replace(options, weights=replace(options.weights, activations="float", lm_head=head))
     folder = source_folder(source, options.reading.revision)
     config = read_config(folder, options.reading)
-    cost = _check_before(folder, config, out, options, force, quantize is not None)
+    cost = _check_before(folder, config, out, options, force, quantize is not None, verify)
     if on_cost is not None:
         on_cost(cost)
     if verify:
         _refuse_unverifiable()
+    expect(cost.seconds)
     before = folder
     if quantize is not None:
         source = folder = quantize()
@@ -149,7 +150,13 @@ def build_bundle(
 
 
 def _check_before(
-    folder: Path, config: CheckpointConfig, out: Path, options: BuildOptions, force: bool, quantizing: bool
+    folder: Path,
+    config: CheckpointConfig,
+    out: Path,
+    options: BuildOptions,
+    force: bool,
+    quantizing: bool,
+    verify: bool,
 ) -> Cost:
     """What the build takes. Raises UhdError for what can be refused before any work, as quantizing is."""
     refuse_existing(out, force)
@@ -162,7 +169,7 @@ def _check_before(
         weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights
         quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
-    return estimate_cost(config, options, quantization, quantizing)
+    return estimate_cost(config, options, quantization, quantizing=quantizing, verify=verify)
 
 
 def _refuse_unverifiable() -> None:
@@ -198,12 +205,12 @@ def _plan_int8(
     """What of the vision part is rounded to 8 bits; None where nothing is asked to be."""
     if options.vision_weights != "int8":
         return None
-    with progress_bar(f"{VISION}, calibrating", show=progress) as bar:
+    with progress_bar(VISION_CALIBRATION, show=progress) as bar:
         return calibrate_vision(
             config,
             checkpoint,
             config.settings(options.images),
-            (open_image(pair.images[0]) for pair in pairs),
+            [pair.images[0] for pair in pairs],
             folder,
             fold=options.fold,
             progress=bar.set,
@@ -222,7 +229,7 @@ def _plan_cache(
     if options.cache_type != "int8":
         return None
     settings, tokenizer = config.settings(options.images), checkpoint_tokenizer(checkpoint.folder)
-    with progress_bar("key-value cache, calibrating", show=progress) as bar:
+    with progress_bar(CACHE_CALIBRATION, show=progress) as bar:
         return calibrate_cache(config, checkpoint, settings, tokenizer, pairs, folder / VISION, bar.set)
 
 
@@ -333,5 +340,5 @@ def _files(folder: Path, progress: bool) -> dict[str, FileRecord]:
     """The files in `folder` but the manifest, with their digests."""
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     size = sum(path.stat().st_size for path in paths)
-    with progress_bar("hashing", size, show=progress, nbytes=True) as bar:
+    with progress_bar(HASHING, size, show=progress, nbytes=True) as bar:
         return {path.name: FileRecord(path.stat().st_size, hash_file(path, bar.advance)) for path in paths}

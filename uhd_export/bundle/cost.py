@@ -6,6 +6,7 @@ import numpy as np
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.presets import PRESETS, Preset, measured
+from uhd_export.bundle.stages import Sizes, build_units, expected_seconds, gptq_units
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import head_group, linear_shapes
 from uhd_export.graph.int4.options import HEADS
@@ -14,8 +15,6 @@ from uhd_export.runtime.units import format_bytes
 
 # Of the checkpoint that is read, and that GPTQ writes.
 _STORED = 2
-# Of a question about a 1008x672 image.
-_POSITIONS = 1060
 # Seconds; less is start-up, which the rates leave out.
 _WORTH_SAYING = 90
 
@@ -25,14 +24,16 @@ class Cost:
     """Bytes of a bundle's `parts`, and of what a build keeps or needs beside them: a prediction.
 
     `checkpoint` is the GPTQ checkpoint written first, `temporary` a graph that is calibrated on, or those
-    that engines are built from. `weights` are the language model's linear ones, in numbers; `rounded` says
-    whether anything is stored in fewer bits than a float's.
+    that engines are built from. `sizes` are those of the parts in numbers; `seconds` what each stage of the
+    build takes, GPTQ's aside, on the machine on which rates were measured; `rounded` says whether anything is
+    stored in fewer bits than a float's.
     """
 
     parts: dict[str, int]
     checkpoint: int
     temporary: int
-    weights: int
+    sizes: Sizes
+    seconds: dict[str, float]
     rounded: bool
 
     @property
@@ -45,25 +46,22 @@ class Cost:
         """Bytes of its folder while it is built."""
         return self.bundle + self.temporary
 
-    def seconds(self, samples: int) -> float:
-        """On the machine on which the rates were measured, with GPTQ on `samples` images and questions."""
-        rates = measured()["rates"]
-        seconds = self.bundle * rates["build_seconds_per_byte"]
-        if self.checkpoint:
-            seconds += self.weights * samples * _POSITIONS * rates["gptq_seconds_per_weight_and_token"]
-        return float(seconds)
-
 
 def estimate_cost(
-    config: CheckpointConfig, options: BuildOptions, quantization: Quantization | None, quantizing: bool
+    config: CheckpointConfig,
+    options: BuildOptions,
+    quantization: Quantization | None,
+    *,
+    quantizing: bool,
+    verify: bool,
 ) -> Cost:
     """The cost of a build whose language model is stored as `quantization` says; `quantizing` it first."""
     language = config.language
     item = np.dtype(options.precision).itemsize
     method = None if quantization is None else quantization.method
-    weights = sum(n * k for n, k in linear_shapes(config.language).values())
+    sizes = model_sizes(config)
+    weights, head = sizes.language, sizes.head
     group = 1 if quantization is None else quantization.group
-    head = language.vocab * language.hidden
     bits = HEADS[quantization.lm_head] if quantization is not None else None
     products, rest = _vision_weights(config)
     vision = item * (products + rest)
@@ -80,16 +78,37 @@ def estimate_cost(
     temporary = vision if int8 else 0
     if options.engines is not None:
         temporary = max(temporary, sum(parts.values()))
-    return Cost(parts, checkpoint, temporary, weights, int8 or quantization is not None)
+    units = build_units(
+        sizes,
+        int8_vision=int8,
+        int8_cache=options.cache_type == "int8",
+        verify=verify,
+        backend=options.backend,
+    )
+    seconds = expected_seconds(units)
+    return Cost(parts, checkpoint, temporary, sizes, seconds, int8 or quantization is not None)
+
+
+def model_sizes(config: CheckpointConfig) -> Sizes:
+    """Of its parts, in numbers."""
+    language = config.language
+    weights = sum(n * k for n, k in linear_shapes(language).values())
+    return Sizes(sum(_vision_weights(config)), weights, language.vocab * language.hidden)
 
 
 def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str) -> list[str]:
-    """For people: sizes by part, disk and time, and what was measured of a preset that chooses the same."""
+    """For people: sizes by part, disk and time, and what was measured of a preset that chooses the same.
+
+    What is yet to be quantized is calibrated on `samples` images and questions.
+    """
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in cost.parts.items())
     lines = [f"about {format_bytes(cost.bundle)}: {parts}"]
     disk = cost.staging + cost.checkpoint
     beside = f", {format_bytes(cost.checkpoint)} of it kept as {gptq_folder}" if cost.checkpoint else ""
-    seconds = cost.seconds(samples)
+    seconds = sum(cost.seconds.values())
+    if cost.checkpoint:
+        units = gptq_units(cost.sizes, images=samples, samples=samples)
+        seconds += sum(expected_seconds(units).values())
     machine = measured()["rates"]["machine"]
     takes = f"; takes about {_duration(seconds)} on a {machine}" if seconds >= _WORTH_SAYING else ""
     lines.append(f"needs {format_bytes(disk)} of disk{beside}{takes}")

@@ -7,6 +7,7 @@ import numpy as np
 
 from uhd_export.bundle.loss import GreedyRun, answer_entries, is_lossy, loss_entries, relative_error
 from uhd_export.bundle.peer import peer_entries
+from uhd_export.bundle.stages import PARITY
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
 from uhd_export.model.reference import (
@@ -76,7 +77,7 @@ def measure_parity(
         ]
     context = min(manifest.settings.context, _CONTEXT_TO_ASK if questions else _CONTEXT)
     with (
-        progress_bar("parity", len(GRID_MODES) + 4, show=progress) as bar,
+        progress_bar(PARITY, len(GRID_MODES) + 4, show=progress) as bar,
         Pipeline.open(bundle, device=device, context=context, resize=None) as pipeline,
     ):
         reference = VisionReference(checkpoint, config, roi_rounding=manifest.settings.roi_rounding)

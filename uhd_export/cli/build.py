@@ -112,9 +112,7 @@ def build(
         for line in cost_lines(cost, options, calibration.samples, f"{output}-gptq"):
             click.echo(line, err=True)
 
-    # Graphs, embeddings and hashes; parity and its hashes; engines and theirs; GPTQ's own three.
-    stages = 4 + 2 * verify + 3 * (options.engines is not None) + 3 * (quantize is not None)
-    with overall_bar("build", stages):
+    with overall_bar("build"):
         manifest = build_bundle(
             source,
             output,

@@ -107,7 +107,7 @@ def quantize_into(source: str, output: Path, options: QuantizeOptions, *, reuse:
         from uhd_export.calibration.quantize import quantize as run
         from uhd_export.runtime.terminal.quality_report import summary_lines
 
-    with overall_bar("quantize", 3):
+    with overall_bar("quantize"):
         report = run(
             source,
             output,

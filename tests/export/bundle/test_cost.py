@@ -34,7 +34,13 @@ VICUNA_7B = {
 
 def predicted(options, head, quantizing=False):
     config = parse_config(VICUNA_7B, KNOWN_TOWERS[TOWER])
-    return estimate_cost(config, options, Quantization("rtn", 128, True, False, head, "int8"), quantizing)
+    return estimate_cost(
+        config,
+        options,
+        Quantization("rtn", 128, True, False, head, "int8"),
+        quantizing=quantizing,
+        verify=False,
+    )
 
 
 def test_sizes_of_a_model_of_vicunas_size_are_those_that_were_measured():

@@ -1,6 +1,6 @@
 """Scales of a cache in 8 bits, from the keys and values of conversations."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,25 +39,29 @@ def calibrate_cache(
     checkpoint: Checkpoint,
     settings: Settings,
     tokenizer: Tokenizer,
-    pairs: Iterable[Pair],
+    pairs: Sequence[Pair],
     vision: Path,
     progress: Progress | None = None,
 ) -> CachePlan:
     """Run the language model on `pairs` in float32, a layer at a time, and take the largest magnitudes.
 
     That range gets some room. Images are encoded by the bundle's own graph, `vision`. Keys are taken after
-    rotation, as they are cached. What does not fit the context is cut off.
+    rotation, as they are cached. What does not fit the context is cut off. Of the progress, each pair is a
+    step, and each layer.
     """
+    if not pairs:
+        raise UhdError("cache int8: nothing to calibrate on; give --data with at least one pair")
+    sequences, steps = [], len(pairs) + config.language.layers
+    tell = progress or (lambda done, total: None)
     with OrtEngine(vision) as engine:
         encoder = _OneByOne(VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding))
-        sequences = [_embeds(checkpoint, encoder, settings, config, tokenizer, pair) for pair in pairs]
-    if not sequences:
-        raise UhdError("cache int8: nothing to calibrate on; give --data with at least one pair")
+        for pair in pairs:
+            tell(len(sequences), steps)
+            sequences.append(_embeds(checkpoint, encoder, settings, config, tokenizer, pair))
     scales: list[LayerScales] = []
     errors: list[list[float]] = [[], []]
     for index, layer in enumerate(keys_and_values(checkpoint, config.language, sequences)):
-        if progress is not None:
-            progress(index, config.language.layers)
+        tell(len(pairs) + index, steps)
         steps = []
         for part, found in enumerate(zip(*layer, strict=True)):
             largest = np.max([np.abs(array).max(axis=1) for array in found], axis=0)

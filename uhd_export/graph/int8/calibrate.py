@@ -2,12 +2,11 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.reader import Checkpoint
@@ -28,6 +27,7 @@ from uhd_export.runtime.bundle.manifest import VISION, VisionQuantization
 from uhd_export.runtime.engines.onnxruntime import OrtEngine
 from uhd_export.runtime.image.encoder import VisionEncoder
 from uhd_export.runtime.image.pixels import cut
+from uhd_export.runtime.image.source import ImageLike, open_image
 from uhd_export.runtime.language.sequence import plan_image
 from uhd_export.runtime.progress import Progress
 from uhd_export.runtime.settings import Settings
@@ -70,18 +70,22 @@ def calibrate_vision(
     config: CheckpointConfig,
     checkpoint: Checkpoint,
     settings: Settings,
-    images: Iterable[Image.Image],
+    images: Sequence[ImageLike],
     folder: Path,
     *,
     fold: bool = True,
     progress: Progress | None = None,
 ) -> Int8Plan:
-    """Run the float32 graph on `images` and decide. It is written to `folder` for the time of the run."""
-    observed = ObservedProducts()
+    """Run the float32 graph on `images` and decide. It is written to `folder` for the time of the run.
+
+    Of the progress, writing the graph is one step, and each image another.
+    """
+    observed, steps = ObservedProducts(), 1 + len(images)
     with tempfile.TemporaryDirectory(prefix=".observed.", dir=folder) as temporary:
         path = Path(temporary) / VISION
-        emit_vision(config, checkpoint, path, fold=fold, products=observed, progress=progress)
-        seen, count = _observe(path, config, settings, images)
+        emit_vision(config, checkpoint, path, fold=fold, products=observed)
+        tell = progress or (lambda done, total: None)
+        seen = _observe(path, config, settings, images, lambda done, _: tell(1 + done, steps))
     smoothable = {group.product: group for group in groups(config.vision)}
     smoothing: dict[Group, np.ndarray] = {}
     largest: dict[str, float] = {}
@@ -97,7 +101,7 @@ def calibrate_vision(
         int8[name] = error
         if group is not None:
             smoothing[group] = factor
-    return Int8Plan(smoothing, largest, VisionQuantization(int8, dense, count))
+    return Int8Plan(smoothing, largest, VisionQuantization(int8, dense, len(images)))
 
 
 def least_error(seen: Seen, product: Product, smoothable: bool) -> tuple[float, np.ndarray]:
@@ -118,20 +122,19 @@ def least_error(seen: Seen, product: Product, smoothable: bool) -> tuple[float, 
 
 
 def _observe(
-    path: Path, config: CheckpointConfig, settings: Settings, images: Iterable[Image.Image]
-) -> tuple[dict[str, Seen], int]:
+    path: Path, config: CheckpointConfig, settings: Settings, images: Sequence[ImageLike], progress: Progress
+) -> dict[str, Seen]:
     seen: dict[str, Seen] = {}
-    count = 0
     with OrtEngine(path) as engine:
         encoder = VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding)
-        for image in images:
-            count += 1
-            planned = plan_image(image, settings, config.model)
+        for done, image in enumerate(images):
+            progress(done, len(images))
+            planned = plan_image(open_image(image), settings, config.model)
             for crop in cut(planned.image, planned.plan):
                 for _, feeds in encoder.batches([crop], settings.grid_mode):
                     for name, values in _by_product(engine.infer(feeds)):
                         _merge(seen, name, values)
-    return seen, count
+    return seen
 
 
 def _by_product(outputs: dict[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
