@@ -241,7 +241,8 @@ def targets(result: dict[str, Any]) -> dict[str, str]:
     """What `small` is to reach, and whether it does; empty for a cut or without both variants."""
     small = result["variants"].get("small")
     whole = (result["layers"], result["size"]) == (32, "1008x672")
-    if not whole or small is None or "small" not in result["ratios"]:
+    ratios = result["earlier"]["ratios"] if result["earlier"] else result["ratios"].get("small")
+    if not whole or small is None or ratios is None:
         return {}
     found = {}
     for field, most in MOST.items():
@@ -249,7 +250,7 @@ def targets(result: dict[str, Any]) -> dict[str, str]:
         reached = "not taken" if value is None else f"{value / 1e9:.2f} ({'yes' if value <= most else 'NO'})"
         found[f"{field} at most {most / 1e9:.1f} GB"] = reached
     for stage, least in LEAST.items():
-        ratio = result["ratios"]["small"][stage]["times"]
+        ratio = ratios[stage]["times"]
         found[f"{stage} at least {least:g}x"] = f"{ratio:.2f}x ({'yes' if ratio >= least else 'NO'})"
     return found
 

@@ -30,13 +30,10 @@ def rates() -> dict:
     stages, layer, engines = (
         json.loads((RESULTS / f"{name}-cpu.json").read_text()) for name in ("stages", "quantize", "engines")
     )
-    seconds = stages["seconds"] | {GPTQ: layer["seconds"] / (_LAYER * layer["tokens"])}
-    numbers = {
-        "vision": engines["vision"]["weight_bytes"] / 2,
-        "language": engines["language"]["layers"] * _LAYER + _HEAD,
-    }
-    for part, count in numbers.items():
-        seconds[f"{part}.engine"] = engines[part]["build_seconds"] / count
+    seconds = stages["seconds"] | {GPTQ: (0, layer["seconds"] / (_LAYER * layer["tokens"]))}
+    vision, language = engines["vision"], engines["language"]
+    seconds["vision.engine"] = 2 * vision["build_seconds"] / vision["weight_bytes"], 0
+    seconds["language.engine"] = 0, language["build_seconds"] / (language["layers"] * _LAYER + _HEAD)
     return {"machine": f"{layer['machine']['cores']}-core CPU", "seconds": seconds}
 
 

@@ -35,7 +35,8 @@ def large_pages(nbytes: int) -> Iterator[None]:
     this heap: in others nothing changes.
     """
     libc, page = _glibc(), large_page_size()
-    if libc is None or page is None or threading.current_thread() is not threading.main_thread():
+    ours = nbytes > 0 and threading.current_thread() is threading.main_thread()
+    if libc is None or page is None or not ours:
         yield
         return
     libc.mallopt(_MMAP_THRESHOLD, _MAPPED)

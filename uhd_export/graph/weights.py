@@ -56,8 +56,9 @@ class Weights:
         self, x: ir.Value, name: str, weight: torch.Tensor, bias: torch.Tensor, *, length_only: bool = False
     ) -> ir.Value:
         """x W + b with tensors computed by us, W (in, out), in the products' format."""
-        name, shape = f"{self.prefix}{name}", weight.shape
-        product = Product(name, *shape, self.dtype, weight.numpy, bias.numpy, length_only)
+        inputs, outputs = weight.shape
+        name = f"{self.prefix}{name}"
+        product = Product(name, inputs, outputs, self.dtype, weight.numpy, bias.numpy, length_only)
         return self._products.emit(self.b, x, product)
 
     def bias(self, *names: str) -> ir.Value:

@@ -51,17 +51,18 @@ def calibrate_cache(
     """
     if not pairs:
         raise UhdError("cache int8: nothing to calibrate on; give --data with at least one pair")
-    sequences, steps = [], len(pairs) + config.language.layers
+    sequences: list[np.ndarray] = []
+    total = len(pairs) + config.language.layers
     tell = progress or (lambda done, total: None)
     with OrtEngine(vision) as engine:
         encoder = _OneByOne(VisionEncoder(engine, config.model, roi_rounding=settings.roi_rounding))
         for pair in pairs:
-            tell(len(sequences), steps)
+            tell(len(sequences), total)
             sequences.append(_embeds(checkpoint, encoder, settings, config, tokenizer, pair))
     scales: list[LayerScales] = []
     errors: list[list[float]] = [[], []]
     for index, layer in enumerate(keys_and_values(checkpoint, config.language, sequences)):
-        tell(len(pairs) + index, steps)
+        tell(len(pairs) + index, total)
         steps = []
         for part, found in enumerate(zip(*layer, strict=True)):
             largest = np.max([np.abs(array).max(axis=1) for array in found], axis=0)
