@@ -109,7 +109,7 @@ def test_two_thousand_requests_leave_nothing_behind(serve):
             *("good 200", "good 429", "cancelled 200", "cancelled 429"),
             *("bad 400", "bad 413", "bad 429"),
         }, found
-        assert found["good 200"] > 500 and found["bad 400"] > 100 and found["cancelled 200"] > 50, found
+        assert found["good 200"] > 200 and found["bad 400"] > 100 and found["cancelled 200"] > 50, found
         assert eventually(lambda: service.scheduler.busy_slots == 0)
         assert service.scheduler.waiting == 0
         gc.collect()
