@@ -6,7 +6,7 @@ import numpy as np
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.presets import PRESETS, Preset, measured
-from uhd_export.bundle.stages import Sizes, build_units, expected_seconds, gptq_units
+from uhd_export.bundle.stages import ASKING, PARITY, Sizes, build_units, expected_seconds, gptq_units
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import head_group, linear_shapes
 from uhd_export.graph.int4.options import HEADS
@@ -86,6 +86,8 @@ def estimate_cost(
         backend=options.backend,
     )
     seconds = expected_seconds(units)
+    if verify and options.questions and (int8 or quantization is not None):
+        seconds[PARITY] += expected_seconds({ASKING: (0, options.questions)})[ASKING]
     return Cost(parts, checkpoint, temporary, sizes, seconds, int8 or quantization is not None)
 
 

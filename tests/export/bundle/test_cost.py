@@ -34,14 +34,14 @@ VICUNA_7B = {
 }
 
 
-def predicted(options, head, quantizing=False):
+def predicted(options, head, quantizing=False, verify=False):
     config = parse_config(VICUNA_7B, KNOWN_TOWERS[TOWER])
     return estimate_cost(
         config,
         options,
         Quantization("rtn", 128, True, False, head, "int8"),
         quantizing=quantizing,
-        verify=False,
+        verify=verify,
     )
 
 
@@ -84,6 +84,14 @@ def test_the_stages_foreseen_are_those_that_come(tmp_path, monkeypatch):
         build_bundle("nano", tmp_path / "out", options=options, on_cost=costs.append, progress=True)
     assert list(dict.fromkeys(begun)) == list(costs[0].seconds)
     assert all(seconds > 0 for seconds in costs[0].seconds.values())
+
+
+def test_questions_are_a_part_of_parity():
+    costs = [
+        predicted(BuildOptions(questions=questions), "int8", verify=True).seconds["parity"]
+        for questions in (0, 20)
+    ]
+    assert costs[1] - costs[0] == pytest.approx(20 * measured()["rates"]["seconds"]["asking"][1])
 
 
 def test_every_stage_has_a_rate():
