@@ -69,8 +69,11 @@ class BuildOptions:
 
     @property
     def contrib(self) -> bool:
-        """Whether the vision graph may have operators that only ONNX Runtime has."""
-        return self.engines is None and not self.inline
+        """Whether the vision graph may have operators that only ONNX Runtime has.
+
+        Only in float32, which runs on a processor: on CUDA its attention asks for cuDNN, which we leave out.
+        """
+        return self.engines is None and not self.inline and self.precision == "float32"
 
     @property
     def attention_accumulation(self) -> str:

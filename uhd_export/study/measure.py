@@ -87,7 +87,7 @@ def vision_engine(model: ModelConfig, *, threads: int | None, device: str | None
     dtype = "float32" if device in (None, "cpu") else "float16"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vision.onnx"
-        emit_vision(config, RandomCheckpoint(config), path, dtype=dtype, contrib=True)
+        emit_vision(config, RandomCheckpoint(config), path, dtype=dtype, contrib=dtype == "float32")
         with open_engine(path, threads=threads, device=device) as engine:
             yield engine
 
