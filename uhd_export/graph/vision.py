@@ -41,8 +41,8 @@ def emit_vision(
     Inputs: `pixels` (B, 3, 14h, 14w) float32 and the float32 matrices of `crop_geometry`.
     Output: `tokens` (B, side^2, D) float32. `dtype` is the type of weights and
     activations; norms and softmax sums are float32 throughout. `products` is the format of dense products
-    (default: dense). `contrib` uses operators that only ONNX Runtime has, for processors. With `fold` the Hiwin
-    projector is folded exactly (`uhd_export.model.folding`); without, and for v1, it is the released
+    (default: dense). `contrib` uses operators that only ONNX Runtime has, for processors. With `fold` the
+    Hiwin projector is folded exactly (`uhd_export.model.folding`); without, and for v1, it is the released
     computation.
     """
     b = GraphBuilder("vision")
