@@ -22,6 +22,7 @@ from uhd_export.runtime.engines.base import (
     check_feeds,
 )
 from uhd_export.runtime.engines.buffers import Buffer
+from uhd_export.runtime.engines.denormals import SUPPORTED as SETS_DENORMALS
 from uhd_export.runtime.engines.denormals import denormals_as_zero
 from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.fetch import Fetch
@@ -92,7 +93,8 @@ class OrtEngine(Engine):
         if graph is not None:
             folder = str(self.path.parent.resolve())
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in the threads of the session
+        if SETS_DENORMALS:  # in the threads of the session; elsewhere the caller's could not be set back
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:

@@ -1,7 +1,5 @@
 """Denormal numbers as zero: in an engine's threads and the caller's share, and nowhere else afterwards."""
 
-import platform
-import sys
 import threading
 
 import numpy as np
@@ -9,12 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from uhd_export.plugins.graph import GraphBuilder
-from uhd_export.runtime.engines.denormals import denormals_as_zero
+from uhd_export.runtime.engines.denormals import SUPPORTED, denormals_as_zero
 from uhd_export.runtime.engines.onnxruntime import OrtEngine
 
-pytestmark = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="set on x86-64 under Linux alone"
-)
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="set on x86-64 under Linux alone")
 # Enough for a share of every thread.
 COUNT = 1 << 20
 
