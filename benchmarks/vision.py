@@ -35,6 +35,10 @@ from uhd_export.runtime.profiling.machine import machine
 from uhd_export.runtime.profiling.stages import VISION_STAGES as STAGES
 
 
+# Operators that are named.
+_MOST = 8
+
+
 class Workload(NamedTuple):
     """(crops, rows, columns) of each batch of equal crops, and how often it is run."""
 
@@ -130,7 +134,11 @@ def compare(
     return summarise(runs, peaks, shares)
 
 
-def summarise(runs: dict[str, list[Run]], peaks: dict[str, int], shares: dict[str, dict[str, float]]) -> dict:
+def summarise(
+    runs: dict[str, list[Run]],
+    peaks: dict[str, int],
+    shares: dict[str, tuple[dict[str, float], dict[str, float]]],
+) -> dict:
     """Medians and spread by side, ratios of runs taken in turn and the tokens' error, both to the first's."""
     first = next(iter(runs))
     exact = np.concatenate([tokens.reshape(-1) for tokens in runs[first][0].tokens])
@@ -139,12 +147,14 @@ def summarise(runs: dict[str, list[Run]], peaks: dict[str, int], shares: dict[st
         seconds = [run.seconds for run in several]
         median = statistics.median(seconds)
         stages = {s: statistics.median(run.stages[s] for run in several) for s in several[0].stages}
-        stages |= {stage: share * median for stage, share in shares.get(side, {}).items()}
+        by_stage, by_operator = shares.get(side, ({}, {}))
+        stages |= {stage: share * median for stage, share in by_stage.items()}
         tokens = np.concatenate([tokens.reshape(-1) for tokens in several[0].tokens])
         sides[side] = {
             "seconds": median,
             "runs": seconds,
             "stages": stages,
+            "operators": by_operator,
             "peak": peaks[side],
             "ratio": statistics.median(
                 a.seconds / b.seconds for a, b in zip(runs[first], several, strict=True)
@@ -166,7 +176,11 @@ def show(rows: list[dict]) -> None:
                 f"| {side['seconds']:.2f} ({min(side['runs']):.2f}-{max(side['runs']):.2f}) "
                 f"| {side['ratio']:.2f} | {side['peak'] / 1e9:.1f} | {side['relative_error']:.0e} |"
             )
-    print("\nStages of our graph are shares of a trace of the same runs.")
+    print("\nStages of our graph are shares of a trace of the same runs. Its operators:\n")
+    for row in rows:
+        for name, side in row["sides"].items():
+            if most := [f"{operator} {share:.0%}" for operator, share in side["operators"].items()][:_MOST]:
+                print(f"- {row['workload']}, {name}: {', '.join(most)}")
 
 
 def main() -> None:

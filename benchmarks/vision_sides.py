@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -97,11 +98,21 @@ class Folded:
             seconds += time.perf_counter() - start
         return Run(seconds, {}, tokens)
 
-    def shares(self, runs: int) -> dict[str, float]:
-        """Share of each stage in the last `runs` runs of the graph; ends the trace."""
+    def shares(self, runs: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Shares of the stages, and of the operators, in the last `runs` runs of the graph; ends the trace."""
         events = json.loads(self.engine.end_profile().read_text(encoding="utf-8"))
         self.traces.cleanup()
-        return stage_shares(events, runs)
+        return stage_shares(events, runs), operator_shares(events, runs)
+
+
+def operator_shares(events: Sequence[dict], runs: int) -> dict[str, float]:
+    """Share of each operator in the last `runs` runs of a trace, the largest first."""
+    starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    totals: Counter[str] = Counter()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["ts"] >= starts[-runs]:
+            totals[event["args"]["op_name"]] += event["dur"]
+    return {name: spent / totals.total() for name, spent in totals.most_common()}
 
 
 class Int8(Folded):

@@ -27,8 +27,8 @@ WRITE_INDEX = "write_index"
 # An input of any values whose length is how much of the cache attention reads (see `visible`).
 VISIBLE = "visible"
 _LEAST_VISIBLE = 512
-# Of a processor: longer runs of a prompt take memory, and are not faster.
-ENOUGH_POSITIONS = 600
+# Of a processor: in longer runs of a prompt attention computes more pairs of positions that do not count.
+ENOUGH_POSITIONS = 256
 
 
 def visible_sizes(context: int) -> list[int]:

@@ -88,7 +88,8 @@ class Service:
         self.encoded = EncodedImages(options.image_cache)
         self._cutter = ImageCutter(manifest.model, settings, self.encoded)
         encoder = VisionEncoder(vision, manifest.model, roi_rounding=settings.roi_rounding)
-        if bounds is not None and bounds.rows is not None:
+        bounds = bounds or Bounds()
+        if bounds.rows is not None:
             encoder.rows = bounds.rows
         rows = Rows(language, options.slots, self.context)
         self._grammars = Grammars(self.tokenizer, rows.vocab, manifest.model.language.eos)
@@ -100,7 +101,7 @@ class Service:
             self.tokenizer,
             manifest.model.language.eos,
             encoded=self.encoded,
-            limits=options.limits,
+            limits=options.limits.bounded(bounds.chunk),
         )
 
     @classmethod

@@ -50,7 +50,7 @@ def test_prefill_in_chunks_is_a_remedy_where_it_is_enough(call):
     whole = planned(call, "--model", "vicuna-7b", "--preset", "small", "--memory", "64GB")
     just_short = f"{(whole['peak'] - 10_000_000) / 1e6:.0f}MB"
     short = planned(call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short)
-    assert short["remedies"][0].startswith("--prefill-chunk 512")
+    assert short["remedies"][0].startswith("--prefill-chunk 128")
     given = planned(
         call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short, "--prefill-chunk", "512"
     )
@@ -100,6 +100,6 @@ def test_bounds_tighten_as_memory_gets_short(golden_bundle):
     manifest = read_manifest(golden_bundle)
     wide = fitting_bounds(manifest, "cpu", manifest.settings, None, available=64 << 30)
     tight = fitting_bounds(manifest, "cpu", manifest.settings, None, available=1)
-    assert (wide.rows, wide.chunk) == (1200, 600) and (tight.rows, tight.chunk) == (0, 64)
+    assert (wide.rows, wide.chunk) == (1200, 256) and (tight.rows, tight.chunk) == (0, 64)
     engines = dataclasses.replace(manifest, backend="tensorrt")
     assert fitting_bounds(engines, "cuda", manifest.settings, None, available=1).rows is None

@@ -1,6 +1,6 @@
 """Options of the commands that answer many questions at a time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,7 @@ class SlotOptions:
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
         opening.warn(bundle, beside=self.image_cache << 20)
-        limits = Limits(waiting=self.waiting or 2 * self.slots)
-        if (chunk := opening.prefill_chunk) is not None:
-            limits = replace(limits, chunk=min(chunk, limits.chunk), lone_chunk=chunk)
+        limits = Limits(waiting=self.waiting or 2 * self.slots, lone_chunk=opening.prefill_chunk)
         options = ServiceOptions(self.slots, opening.context, self.image_cache << 20, limits)
         with status("opening the bundle"):
             return Service.open(

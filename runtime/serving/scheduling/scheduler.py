@@ -9,8 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -29,6 +29,8 @@ from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request,
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# Where memory sets no bound: what comes meanwhile waits for no longer run.
+_LONE_CHUNK = 1024
 
 
 class Closed(Exception):
@@ -38,15 +40,21 @@ class Closed(Exception):
 @dataclass(frozen=True)
 class Limits:
     """`waiting` is the most requests without a slot; `chunk` the positions of a prompt that run between two
-    steps of running answers, `lone_chunk` those where nothing else runs; `patience` the seconds in which a
-    reader who fell behind must read; `crop_bytes` what the cut images of all requests may take together.
+    steps of running answers, `lone_chunk` those where nothing else runs (None: what suits the device);
+    `patience` the seconds in which a reader who fell behind must read; `crop_bytes` what the cut images of
+    all requests may take together.
     """
 
     waiting: int = 64
     chunk: int = 256
-    lone_chunk: int = 1024
+    lone_chunk: int | None = None
     patience: float = 30.0
     crop_bytes: int = 256 << 20
+
+    def bounded(self, chunk: int | None) -> Self:
+        """With `lone_chunk` chosen where it is not, `chunk` (None: no bound), and no `chunk` above it."""
+        lone = self.lone_chunk or chunk or _LONE_CHUNK
+        return replace(self, chunk=min(self.chunk, lone), lone_chunk=lone)
 
 
 class Scheduler:
@@ -250,7 +258,7 @@ class Scheduler:
         slot = generation.place
         done = len(generation.keys) - len(embeds)
         start = self._rows.lengths[slot.row] - done
-        size = self.limits.chunk if self._running else self.limits.lone_chunk
+        size = self.limits.chunk if self._running else self.limits.lone_chunk or _LONE_CHUNK
         chunk = embeds[start : start + size]
         last = start + len(chunk) == len(embeds)
         # Of a chunk before the last nothing is wanted: the less is fetched.

@@ -8,6 +8,7 @@ import pytest
 from golden import recipe
 
 from uhd_export.runtime import Pipeline
+from uhd_export.runtime.language.decoder import ENOUGH_POSITIONS
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.sampling.choice import Choosing
 from uhd_export.runtime.serving.scheduling.queue import Busy
@@ -110,6 +111,24 @@ def test_running_answers_go_on_while_a_newcomer_is_read(serve, ask):
     chunks = [i for i, event in enumerate(events) if event == ("chunk", row)]
     between = [any(kind == "step" for kind, _ in events[a:b]) for a, b in pairwise(chunks)]
     assert len(between) > 20 and all(between)
+
+
+def test_a_prompt_alone_runs_in_pieces_as_long_as_suit_the_processor(serve, ask):
+    service = serve(slots=1)
+    rows, sizes = service.scheduler._rows, []
+    append = rows._append
+    rows._append = lambda row, embeds, *rest: (sizes.append(len(embeds)), append(row, embeds, *rest))[1]
+    ask(service, None, "Read this. " * 150, max_tokens=1).text()
+    assert max(sizes) == ENOUGH_POSITIONS and sum(sizes) > 3 * ENOUGH_POSITIONS
+
+
+@pytest.mark.parametrize(
+    ("asked", "bound", "alone", "between"),
+    [(None, None, 1024, 256), (None, 64, 64, 64), (600, 64, 600, 256), (100, None, 100, 100)],
+)
+def test_what_is_asked_for_goes_before_what_memory_bounds(asked, bound, alone, between):
+    limits = Limits(lone_chunk=asked).bounded(bound)
+    assert (limits.lone_chunk, limits.chunk) == (alone, between)
 
 
 def test_callers_take_turns_and_the_line_has_a_limit(serve, ask):
