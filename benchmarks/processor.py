@@ -86,9 +86,7 @@ def show(found: dict[str, list[dict[str, float]]]) -> None:
             cells.append(
                 f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
             )
-            ratios.append(
-                statistics.median(a[part] / b[part] for a, b in zip(turns, usual, strict=True))
-            )
+            ratios.append(statistics.median(a[part] / b[part] for a, b in zip(turns, usual, strict=True)))
         print(f"| {side} | {' | '.join(cells)} | {', '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
 
 

@@ -34,7 +34,6 @@ from uhd_export.runtime.memory import peak_memory
 from uhd_export.runtime.profiling.machine import machine
 from uhd_export.runtime.profiling.stages import VISION_STAGES as STAGES
 
-
 # Operators that are named.
 _MOST = 8
 

@@ -99,7 +99,7 @@ class Folded:
         return Run(seconds, {}, tokens)
 
     def shares(self, runs: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Shares of the stages, and of the operators, in the last `runs` runs of the graph; ends the trace."""
+        """Shares of stages, and of operators, in the last `runs` runs of the graph; ends the trace."""
         events = json.loads(self.engine.end_profile().read_text(encoding="utf-8"))
         self.traces.cleanup()
         return stage_shares(events, runs), operator_shares(events, runs)
