@@ -110,7 +110,11 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
         opened = Image.open(pixels)
     with opened:
         width, height = opened.size
-        return (height, width) if _orientation(opened) in _QUARTER_TURNS else (width, height)
+        turned = _orientation(opened) in _QUARTER_TURNS
+        # Pillow turns a TIFF itself, and has its size turned from the beginning where its tag says so.
+        if ExifTags.Base.Orientation in getattr(opened, "tag_v2", ()):
+            turned = False
+        return (height, width) if turned else (width, height)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -119,8 +123,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises UhdError where its values have no meaning as 8 bits.
     """
     deep = not image.mode.startswith("I") and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    turned = _ORIENTATIONS.get(_orientation(image) or 1)
     image.load()
+    turned = _ORIENTATIONS.get(_orientation(image) or 1)  # as loaded: Pillow turns a TIFF while it loads it
     if turned is not None:
         image = image.transpose(turned)
     if image.mode.startswith("I"):

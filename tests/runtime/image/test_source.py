@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from support.refusals import one_line_error
 
 from uhd_export.runtime.errors import UhdError
@@ -88,6 +88,37 @@ def test_an_image_with_odd_exif_is_upright(kind, pixels, tmp_path):
     assert np.array_equal(opened, np.rot90(open_image(plain), -1))
     (tmp_path / "image.jpg").write_bytes(with_exif(plain, *entries, data=data))
     assert source_size(str(tmp_path / "image.jpg")) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_once(orientation, pixels, tmp_path):
+    grey = np.repeat(np.asarray(Image.fromarray(pixels).convert("L").resize((48, 32)))[..., None], 3, 2)
+    stored, exif = Image.fromarray(grey), Image.Exif()
+    exif[0x112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(open_with(stored, exif)))
+    files = {
+        "png.png": {},
+        "jpeg.jpg": {"quality": 100},
+        "webp.webp": {"lossless": True},
+        "raw.tif": {},
+        "lzw.tif": {"compression": "tiff_lzw"},
+        "jpeg.tif": {"compression": "jpeg", "quality": 100},
+    }
+    for name, options in files.items():
+        stored.save(tmp_path / name, exif=exif, **options)
+        opened = np.asarray(open_image(tmp_path / name)).astype(int)
+        assert opened.shape == upright.shape, name
+        assert np.abs(opened - upright).max() < 5, name
+        with Image.open(tmp_path / name) as given:
+            assert np.array_equal(open_image(given), opened), name
+        assert source_size(str(tmp_path / name)) == upright.shape[1::-1], name
+
+
+def open_with(image, exif):
+    """`image` as Pillow opens it from a PNG with `exif`."""
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return Image.open(file)
 
 
 @pytest.mark.parametrize("value", [(2, 2, b"6\0"), (3, 1, b"\x09"), (5, 1, b"\xff\xff"), (7, 4, b"abcd")])
