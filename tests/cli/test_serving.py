@@ -36,6 +36,8 @@ def test_batch_answers_a_file_and_goes_on(call, golden_bundle, questions, image_
 
 def test_batch_refuses_in_one_line(fails, golden_bundle, questions, tmp_path):
     assert "no such file" in fails("batch", golden_bundle, tmp_path / "no.jsonl", "-o", tmp_path / "a")
+    # Told before the bundle is opened, which is none here.
+    assert "is no folder" in fails("batch", tmp_path, questions, "-o", tmp_path / "none" / "a")
     (tmp_path / "a").write_text("{}\n")
     assert "answers other questions" in fails("batch", golden_bundle, questions, "-o", tmp_path / "a")
 

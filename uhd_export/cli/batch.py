@@ -43,8 +43,9 @@ def batch(
 ) -> None:
     """Answer the JSONL file QUESTIONS, all slots busy; given again, it goes on where it stopped."""
     from uhd_export.runtime.progress import progress_bar
-    from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file
+    from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file, check_output
 
+    check_output(questions, output)
     options = BatchOptions(max_tokens=tokens, image_root=image_root, retry=retry)
     if cluster is not None:
         result = _on_cluster(cluster, bundle, questions, output, options, slots, opening)

@@ -92,6 +92,7 @@ def write_answers(
     on_line: Callable[[int, int], None],
 ) -> BatchResult:
     """Write what `results` gives for the lines that `output` does not hold; see `answer_file`."""
+    check_output(questions, output)
     lines = [Line(*line) for line in numbered_lines(questions)]
     before = read_answers(output, {line.number: line.text for line in lines}, run)
     if retry:
@@ -102,13 +103,28 @@ def write_answers(
     on_line(done, len(lines))
     with output.open("ab", buffering=0) as file:
         for line, told in results([line for line in lines if line.number not in before]):
-            record = {"line": line.number, "of": digest(line.text), "run": run, **told}
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())  # in one call: whole or torn
+            record = {**_origin(line.number, line.text, run), **told}
+            rest = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+            while rest:  # a disk that is nearly full takes a part, and refuses what is left
+                rest = rest[file.write(rest) :]
             failed += "error" in told
             done += 1
             on_line(done, len(lines))
         os.fsync(file.fileno())
     return BatchResult(done - failed, failed, len(before))
+
+
+def check_output(questions: Path, output: Path) -> None:
+    """Raise UhdError where answers to `questions` cannot go to `output`: it takes no bundle to tell."""
+    try:
+        if output.exists() and not output.is_file():
+            raise UhdError(f"{output}: is no plain file; give another -o")
+        if not output.parent.is_dir():
+            raise UhdError(f"{output}: {output.parent} is no folder; make it, or give another -o")
+        if output.exists() and questions.exists() and output.samefile(questions):
+            raise UhdError(f"{output}: holds the questions; give another -o")
+    except OSError as error:
+        raise UhdError(f"{output}: {error.strerror}; give another -o") from None
 
 
 def answer_line(service: Service, line: Line, questions: Path, options: BatchOptions) -> list[Answered]:
@@ -152,8 +168,6 @@ def read_answers(output: Path, lines: dict[int, str], run: str) -> dict[int, dic
         return {}
     content = output.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(output, whole)
     records: dict[int, dict[str, Any]] = {}
     for record in _records(content[:whole], output):
         number = record.get("line")
@@ -164,6 +178,12 @@ def read_answers(output: Path, lines: dict[int, str], run: str) -> dict[int, dic
                 f"{output}: was made from another bundle or with other options; remove it, or give another -o"
             )
         records[number] = record
+    torn = content[whole:]
+    if torn:
+        heads = (_record_head(number, text, run) for number, text in lines.items())
+        if not any(head[: len(torn)] == torn[: len(head)] for head in heads):
+            raise _other_things(output)
+        os.truncate(output, whole)
     return records
 
 
@@ -182,5 +202,18 @@ def _records(content: bytes, output: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 record = None
             if not isinstance(record, dict):
-                raise UhdError(f"{output}: holds other things than answers; give another -o")
+                raise _other_things(output)
             yield record
+
+
+def _origin(number: int, text: str, run: str) -> dict[str, Any]:
+    """How a record begins: which line it answers, and in which run."""
+    return {"line": number, "of": digest(text), "run": run}
+
+
+def _record_head(number: int, text: str, run: str) -> bytes:
+    return json.dumps(_origin(number, text, run), ensure_ascii=False)[:-1].encode()
+
+
+def _other_things(output: Path) -> UhdError:
+    return UhdError(f"{output}: holds other things than answers; give another -o")

@@ -1,12 +1,15 @@
 """A file of questions: all answered, failures told by line, going on where it stopped."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.refusals import one_line_error
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file
+from uhd_export.runtime.serving.batch.file import BatchOptions, answer_file, write_answers
 from uhd_export.runtime.serving.scheduling.scheduler import Limits
 
 
@@ -105,3 +108,48 @@ def test_another_file_or_another_run_is_not_mixed_in(serve, questions, tmp_path)
     output.write_text("[1]\n")
     with pytest.raises(UhdError, match="other things than answers"):
         answer_file(service, questions, output, BatchOptions(max_tokens=2))
+
+
+@pytest.mark.parametrize("content", ["my notes, without a last newline", '{"line": 1, "of": "my own"}', "[1]\n{"])
+def test_another_file_is_not_touched(questions, tmp_path, content):
+    output = tmp_path / "notes.txt"
+    output.write_text(content)
+    with pytest.raises(UhdError, match="holds other things than answers"):
+        write_answers(questions, output, "run", False, no_results, lambda *step: None)
+    assert output.read_text() == content
+
+
+def test_where_answers_cannot_go(questions, tmp_path):
+    questions.write_text(questions.read_text().rstrip())
+    before = questions.read_text()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(questions)
+    refused = {
+        questions: "holds the questions",
+        tmp_path / "link": "holds the questions",
+        tmp_path / "folder": "is no plain file",
+        Path("/dev/null"): "is no plain file",
+        tmp_path / "none" / "a.jsonl": "is no folder",
+        questions / "a.jsonl": "is no folder",
+        tmp_path / ("x" * 300): "File name too long",
+    }
+    for output, reason in refused.items():
+        with one_line_error(reason):
+            write_answers(questions, output, "run", False, no_results, lambda *step: None)
+    assert questions.read_text() == before
+
+
+def test_a_line_that_is_written_in_parts_is_whole(questions, tmp_path, monkeypatch):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Slow(path, "a"))
+    results = lambda lines: ((line, {"answer": "it"}) for line in lines)  # noqa: E731
+    write_answers(questions, tmp_path / "a.jsonl", "run", False, results, lambda *step: None)
+    monkeypatch.undo()
+    assert [record["answer"] for record in read(tmp_path / "a.jsonl").values()] == ["it"] * 5
+
+
+def no_results(lines):
+    raise AssertionError("nothing is to be asked")
