@@ -51,6 +51,9 @@ def reading(name: str) -> Iterator[None]:
         raise UhdError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise UhdError(f"{name}: no image of a known format; convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UhdError(f"{name}: more than {most:.0f} megapixels; make it smaller") from None
     except Exception as error:  # struct.error, ValueError, OverflowError, ...: its readers check little
         if is_out_of_memory(error):
             raise

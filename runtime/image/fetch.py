@@ -170,6 +170,7 @@ def _check(url: str, public_only: bool) -> None:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # raises where a label is empty or over 63 characters
     except ValueError:
         raise UhdError("image_url: no valid address") from None
     schemes = ("https",) if public_only else ("https", "http")

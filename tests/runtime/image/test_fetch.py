@@ -128,6 +128,8 @@ def test_an_image_behind_https_and_behind_a_redirect(get):
         ("https://cards.example/\r\nHost: x", "ASCII"),
         ("https://", "only data URIs and https"),
         ("https://[nonsense/", "no valid address"),
+        ("https://a..b/x.png", "no valid address"),
+        (f"https://{'a' * 64}.example/x.png", "no valid address"),
     ],
 )
 def test_others_are_refused(get, url, reason):
