@@ -75,7 +75,7 @@ def conversation_ids(
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str, str]]:
     """(number, name in errors, text) of each line of a JSONL file that is not empty. Raises UhdError."""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, f"{path} line {number}", line
@@ -142,6 +142,12 @@ def _images(record: dict[str, Any], where: str, root: Path) -> tuple[Path, ...]:
         raise UhdError(f"{where}: field image must be a path, a list of paths, or null")
     paths = tuple(root / name for name in names)
     for path in paths:
-        if not path.is_file():
-            raise UhdError(f"{where}: image {path}: no such file; paths start at {root}, or --image-root")
+        try:
+            reason = None if path.is_file() else "no such file"
+        except OSError as error:  # a name that is too long, a folder that is closed
+            reason = error.strerror
+        if reason is not None:
+            short = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+            remedy = f"paths start at {root}, or --image-root; data URIs and addresses are not taken"
+            raise UhdError(f"{where}: image {short}: {reason}; {remedy}")
     return paths

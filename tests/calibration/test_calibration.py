@@ -88,6 +88,10 @@ def test_both_formats_are_read(tmp_path, picture):
         ("[1]", "line 2: not a JSON object; a JSON array becomes JSONL"),
         ({"question": "?"}, "line 2: field image is missing"),
         ({"image": "none.png", "question": "?"}, "line 2: image .*none.png: no such file"),
+        (
+            {"image": "data:image/png;base64," + "A" * 9000, "question": "?"},
+            r"line 2: image .{200}\.\.\.: File name too long; .*data URIs and addresses are not taken",
+        ),
         ({"image": 3, "question": "?"}, "line 2: field image must be a path"),
         ({"image": "red.png"}, "line 2: field question"),
         ({"image": "red.png", "question": " "}, "line 2: field question"),
@@ -103,6 +107,12 @@ def test_errors_name_the_line(tmp_path, picture, record, message):
     path = _lines(tmp_path, {"image": picture, "question": "?"}, record)
     with pytest.raises(UhdError, match=message):
         read_pairs(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, picture):
+    path = _lines(tmp_path, {"image": picture, "question": "?"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_pairs(path)) == 1
 
 
 def test_data_files_that_are_missing_or_empty(tmp_path):

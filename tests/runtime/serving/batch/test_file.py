@@ -110,7 +110,9 @@ def test_another_file_or_another_run_is_not_mixed_in(serve, questions, tmp_path)
         answer_file(service, questions, output, BatchOptions(max_tokens=2))
 
 
-@pytest.mark.parametrize("content", ["my notes, without a last newline", '{"line": 1, "of": "my own"}', "[1]\n{"])
+@pytest.mark.parametrize(
+    "content", ["my notes, without a last newline", '{"line": 1, "of": "my own"}', "[1]\n{"]
+)
 def test_another_file_is_not_touched(questions, tmp_path, content):
     output = tmp_path / "notes.txt"
     output.write_text(content)
