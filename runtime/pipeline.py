@@ -228,6 +228,7 @@ class Pipeline:
         text; with `markup`, the `<image>` and control tokens that it spells out count.
         """
         watch, images = Stopwatch(), as_images(image)
+        prompts.check_text(question, "question")
         template, tokenizer = self.settings.template, self.generator.tokenizer
         prompt: str | list[int] = prompts.render(question, template, len(images))
         if not markup:

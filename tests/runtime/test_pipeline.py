@@ -177,6 +177,12 @@ def test_bad_sampling_is_refused_before_anything_runs(fresh, counted, options):
     assert not counted
 
 
+@pytest.mark.parametrize("question", [b"x", None])
+def test_a_question_that_is_no_text_is_refused(fresh, question):
+    with pytest.raises(UhdError, match=r"question: .* is no text; give a str"):
+        fresh.generate(SMALL, question)
+
+
 def test_prompt_longer_than_the_context(golden_bundle, counted):
     with Pipeline.open(golden_bundle, context=200) as small:
         assert len(small.generate_ids(SMALL, [1, IMAGE_ID, 20], 100)) == 200 - 146 + 1
