@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -64,34 +66,65 @@ def test_eval_asks_for_data(fails, golden_bundle):
     assert "need --data" in fails("eval", golden_bundle, "--compare", golden_bundle)
 
 
-def test_serve_answers_until_it_is_told_to_end(golden_bundle):
-    command = [
-        sys.executable,
-        "-m",
-        "uhd_export",
-        "serve",
-        str(golden_bundle),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-    ]
+@contextmanager
+def serving(bundle, *options):
+    """A process of `serve`, its first line, and its address, where it answers."""
+    command = [sys.executable, "-m", "uhd_export", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    command += options
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        address = line.partition(": ")[0]
+        try:
+            line = process.stdout.readline()
+            address = line.partition(": ")[0]
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    httpx.get(f"{address}/health")
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline
+            yield process, line, address
+        finally:
+            process.kill()
+
+
+def test_serve_answers_until_it_is_told_to_end(golden_bundle):
+    with serving(golden_bundle) as (process, line, address):
         assert address.startswith("http://127.0.0.1:") and "4 slots of" in line
-        deadline = time.monotonic() + 10
         body = {"messages": [{"role": "user", "content": "why"}], "max_tokens": 2}
-        while True:
-            try:
-                answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
-                break
-            except httpx.ConnectError:
-                assert time.monotonic() < deadline
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
         assert answer.status_code == 200, answer.text
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, process.stderr.read()
         assert process.stderr.read() == ""
+
+
+def test_streams_that_are_under_way_at_the_end_come_to_theirs(golden_bundle):
+    body = {"messages": [{"role": "user", "content": "why"}], "logit_bias": {"2": -100}, "stream": True}
+    body["max_tokens"] = 900
+    texts, ends = [], []
+    begun = threading.Barrier(3)
+
+    with serving(golden_bundle, "--grace", "60") as (process, _, address):
+
+        def ask():
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                begun.wait(30)
+                texts.append("\n".join(lines))
+                ends.append(time.monotonic())
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        begun.wait(30)
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        for thread in threads:
+            thread.join()
+        assert min(ends) - start > 1  # what cuts streams looks twice a second
+        assert ["[DONE]" in text and '"length"' in text for text in texts] == [True, True]
+        assert process.wait(20) == 0 and process.stderr.read() == ""
 
 
 def test_serve_refuses_in_one_line(fails, golden_bundle, tmp_path):

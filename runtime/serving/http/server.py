@@ -7,6 +7,7 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from uhd_export.runtime.errors import UhdError
@@ -60,6 +61,8 @@ def make_server(
 
     `options` are uvicorn's.
     """
+    # Else sse_starlette cuts every stream as soon as it sees that the server ends.
+    AppStatus.disable_automatic_graceful_drain()
     config = uvicorn.Config(
         app,
         host=host,
