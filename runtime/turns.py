@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from uhd_export.runtime.engines.base import Stop, Stopped
 from uhd_export.runtime.errors import UhdError
 
 
@@ -43,11 +44,13 @@ class Turns:
             yield
 
     @contextmanager
-    def begin(self, turn: Turn) -> Iterator[None]:
-        """Take `turn`, and run its first part."""
-        with self._state:
-            self._wait()
+    def begin(self, turn: Turn, stop: Stop) -> Iterator[None]:
+        """Take `turn`, and run its first part. Raises Stopped where `stop` is requested before it is there."""
+        # Whoever requests it takes `_state`: it must not be held where `ending` begins, ends, or a run does.
+        with stop.ending(self._wake), self._state:
+            self._wait(stop)
             self._holder, self._thread = turn, threading.get_ident()
+        with self.go_on(turn):
             yield
 
     @contextmanager
@@ -75,9 +78,15 @@ class Turns:
             self._state.notify_all()
             yield first
 
-    def _wait(self) -> None:
-        """Until no other thread's answer is unfinished."""
+    def _wake(self) -> None:
+        with self._state:
+            self._state.notify_all()
+
+    def _wait(self, stop: Stop | None = None) -> None:
+        """Until no other thread's answer is unfinished. Raises Stopped where `stop` is requested meanwhile."""
         me = threading.get_ident()
         while not self.closed and self._holder is not None and self._thread != me:
+            if stop is not None and stop.requested:
+                raise Stopped
             self._state.wait()
         self.check()

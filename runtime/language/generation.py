@@ -138,7 +138,7 @@ class TextGenerator:
     ) -> Generator[int, None, None]:
         turn, random, watch, stop = Turn(), sampling.generator(), progress.watch, progress.stop
         try:
-            with self._turns.begin(turn):
+            with self._turns.begin(turn, stop):
                 progress.started = True
                 progress.cached_tokens = self.prefix.match(sequence.keys)
                 embeds = self.embeds(sequence, progress.cached_tokens, watch, stop)

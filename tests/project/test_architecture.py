@@ -19,7 +19,7 @@ INSIDE = {
     "runtime": (
         ("engines",),
         ("image", "config"),
-        ("settings",),
+        ("settings", "turns"),
         ("language",),
         ("bundle",),
         ("planning",),

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +142,23 @@ def test_a_closed_pipeline_says_so(golden_bundle):
         with pytest.raises(UhdError, match="closed"):
             call()
     assert "closed" in repr(pipeline)
+
+
+def test_an_answer_that_waits_for_its_turn_can_be_closed(pipeline):
+    begun, waiting = (pipeline.generate(SMALL, question, max_new_tokens=60) for question in "AB")
+    next(begun)
+    got = []
+    other = threading.Thread(target=lambda: got.append(list(waiting)), daemon=True)
+    other.start()
+    time.sleep(0.3)
+    closing = threading.Thread(target=waiting.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    other.join(10)
+    assert not closing.is_alive() and got == [[]]
+    assert next(begun)  # keeps its turn
+    begun.close()
+    assert pipeline.answer(SMALL, "B", max_new_tokens=4)
 
 
 def test_closing_ends_those_who_wait(golden_bundle):
