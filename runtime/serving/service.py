@@ -176,6 +176,8 @@ class Service:
         """
         if max_tokens is not None and max_tokens < 1:
             raise UhdError(f"max_tokens: {max_tokens} is out of range; use 1 or more")
+        if seconds is not None and not seconds >= 0:  # what is no number neither
+            raise UhdError(f"seconds: {seconds} is out of range; use 0 or more")
         ids = self.token_ids(messages)
         cut = tuple(image if isinstance(image, CutImage) else self.cut(image) for image in images)
         sequence = PromptSequence(ids, [image.planned for image in cut])

@@ -138,6 +138,8 @@ def test_serve_refuses_in_one_line(fails, golden_bundle, tmp_path):
     assert "--device cuda:1: a cluster gives each" in fails(*arguments, "--device", "cuda:1")
     assert "no manifest.json" in fails("serve", tmp_path, "--cluster", 2)
     assert "an empty key" in fails("serve", golden_bundle, "--api-key", "")
+    for seconds in ("nan", "0"):
+        assert "--timeout" in fails("serve", tmp_path, "--port", 0, "--timeout", seconds)
     assert "context 99999999" in fails("serve", golden_bundle, "--port", 0, "--context", 99999999)
     assert "no manifest.json" in fails("serve", tmp_path, "--port", 0)
     assert "GB are needed" in fails("serve", golden_bundle, "--port", 0, "--slots", 10_000_000)

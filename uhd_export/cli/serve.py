@@ -39,6 +39,8 @@ def _http(
 
     if not all(api_key):
         raise UhdError("--api-key: an empty key would let everybody in; give a longer one, or none")
+    if not seconds > 0:  # which nan passes by where the option is read
+        raise UhdError(f"--timeout {seconds}: is no time; give seconds above 0")
     fetch = FetchLimits(allow_urls=allow_urls)
     return HttpOptions(keys=api_key, cors=cors, seconds=seconds, name=name, fetch=fetch)
 

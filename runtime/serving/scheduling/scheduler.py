@@ -199,7 +199,8 @@ class Scheduler:
                 # Time passes by itself only where there is a deadline, or a reader who may read on.
                 ends = [g.deadline - now for g in everyone if g.deadline is not None]
                 ends += [0.02] if self._running else []
-                self._changed.wait(max(min(ends), 0.001) if ends else None)
+                # Longer than a thread can wait is until something changes.
+                self._changed.wait(max(min(*ends, threading.TIMEOUT_MAX), 0.001) if ends else None)
             return False
 
     @property

@@ -8,6 +8,7 @@ import pytest
 from golden import recipe
 
 from uhd_export.runtime import Pipeline
+from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import ENOUGH_POSITIONS
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.sampling.choice import Choosing
@@ -199,6 +200,18 @@ def test_cancellation_deadline_and_close_free_the_slot(serve, ask):
     assert last.summary.reason in ("closed", "context")
     with pytest.raises(Closed):
         ask(service, None, "Hi.")
+
+
+@pytest.mark.parametrize("seconds", [1e10, float("inf")])
+def test_a_deadline_may_be_further_than_a_thread_can_wait(serve, ask, cards, seconds):
+    service = serve(slots=1)
+    assert ask(service, cards[0][0], "What?", max_tokens=1, seconds=seconds).text() is not None
+    assert service.scheduler.alive
+
+
+def test_a_deadline_is_a_number(serve, ask):
+    with pytest.raises(UhdError, match="seconds: nan"):
+        ask(serve(slots=1), None, "What?", seconds=float("nan"))
 
 
 def wait_idle(service) -> float:
