@@ -119,10 +119,10 @@ def _here(
 ) -> None:
     from uhd_export.runtime.interrupts import forget_interrupt
     from uhd_export.runtime.serving.http.app import create_app
-    from uhd_export.runtime.serving.http.server import listen, make_server
+    from uhd_export.runtime.serving.http.server import address_of, listen, make_server
 
     with listen(*address) as listening, slots.open(bundle, opening) as service:
-        where = "http://{}:{}".format(*listening.getsockname()[:2])
+        where = address_of(*listening.getsockname()[:2])
         click.echo(
             f"{where}: {slots.slots} slots of {service.context} positions, "
             f"{service.memory.total / 1e9:.2f} GB reserved; Ctrl-C ends it"
@@ -148,7 +148,7 @@ def _on_cluster(
     from uhd_export.runtime.interrupts import forget_interrupt, handle_interrupts
     from uhd_export.runtime.progress import status
     from uhd_export.runtime.serving.cluster.serve import ClusterOptions, deployed
-    from uhd_export.runtime.serving.http.server import listen
+    from uhd_export.runtime.serving.http.server import address_of, listen
 
     first, bundle = devices.cluster or 1, bundle.resolve()
     options = ClusterOptions(
@@ -168,7 +168,7 @@ def _on_cluster(
             stack.enter_context(opened)
         handle_interrupts()  # Ray has its own way to end
         most = f" to {devices.most}" if devices.most else ""
-        click.echo(f"http://{host}:{port}: {first}{most} replicas of {slots.slots} slots; Ctrl-C ends it")
+        click.echo(f"{address_of(host, port)}: {first}{most} replicas of {slots.slots} slots; Ctrl-C ends it")
         try:
             Event().wait()
         except KeyboardInterrupt:

@@ -43,6 +43,14 @@ class ChatMessage(_Strict):
     role: Literal["system", "user", "assistant"]
     content: _Text | list[Part]
     name: str | None = None
+    # The official client sends an answer on with all of its fields: `parsed` is the content once more, in the
+    # others nothing is.
+    parsed: Any = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class JsonSchema(_Strict):

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uhd_export.runtime.errors import UhdError
 
 HEADER_SECONDS = 10.0
+# Connections beside those of requests that run or wait: pages, probes, those that rest or are to be refused.
+MORE_CONNECTIONS = 512
 
 
 class TimelyProtocol(H11Protocol):
@@ -63,6 +65,7 @@ def make_server(
     """
     # Else sse_starlette cuts every stream as soon as it sees that the server ends.
     AppStatus.disable_automatic_graceful_drain()
+    service = app.state.front.service
     config = uvicorn.Config(
         app,
         host=host,
@@ -70,12 +73,17 @@ def make_server(
         http=TimelyProtocol,
         ws="none",
         lifespan="off",
-        limit_concurrency=512,
+        limit_concurrency=service.options.slots + service.scheduler.limits.waiting + MORE_CONNECTIONS,
         timeout_graceful_shutdown=max(1, round(grace)),
         server_header=False,
         **{"access_log": False, "log_level": "warning", **options},
     )
     return uvicorn.Server(config)
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a browser finds what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

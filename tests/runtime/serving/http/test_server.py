@@ -12,8 +12,10 @@ import pytest
 from support.live_server import live
 from support.requests import about, data_uri
 
+from uhd_export.runtime.serving.http.app import create_app
 from uhd_export.runtime.serving.http.front import HttpOptions
-from uhd_export.runtime.serving.http.server import TimelyProtocol
+from uhd_export.runtime.serving.http.server import TimelyProtocol, address_of, make_server
+from uhd_export.runtime.serving.scheduling.scheduler import Limits
 
 ENDLESS = {"2": -100}
 
@@ -81,6 +83,9 @@ def test_structured_answers_through_the_official_client(client):
     )
     message = parsed.choices[0].message
     assert isinstance(message.parsed, Card)
+    # As its documentation has it, the message goes on in the next request.
+    asked = [{"role": "user", "content": "Describe a card."}, message, {"role": "user", "content": "Sure?"}]
+    assert client.chat.completions.create(model="llava-uhd", messages=asked, max_tokens=2).choices
 
 
 def test_requests_of_evaluation_harnesses(served, cards):
@@ -201,6 +206,15 @@ def test_dawdlers_are_shown_out(served, monkeypatch):
         assert client.get("/health").status_code == 200
         time.sleep(0.5)
         assert client.get("/health").status_code == 200
+
+
+def test_addresses_of_both_kinds():
+    assert address_of("127.0.0.1", 80) == "http://127.0.0.1:80" and address_of("::1", 80) == "http://[::1]:80"
+
+
+def test_the_line_may_be_as_long_as_it_is_asked_for(serve):
+    app = create_app(serve(slots=3, limits=Limits(waiting=2000)))
+    assert make_server(app).config.limit_concurrency > 2003
 
 
 def test_what_is_under_way_at_the_end_is_answered(serve):
