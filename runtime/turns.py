@@ -45,7 +45,7 @@ class Turns:
 
     @contextmanager
     def begin(self, turn: Turn, stop: Stop) -> Iterator[None]:
-        """Take `turn`, and run its first part. Raises Stopped where `stop` is requested before it is there."""
+        """Take `turn`, and run its first part. Raises Stopped where `stop` is requested before."""
         # Whoever requests it takes `_state`: it must not be held where `ending` begins, ends, or a run does.
         with stop.ending(self._wake), self._state:
             self._wait(stop)
@@ -83,7 +83,7 @@ class Turns:
             self._state.notify_all()
 
     def _wait(self, stop: Stop | None = None) -> None:
-        """Until no other thread's answer is unfinished. Raises Stopped where `stop` is requested meanwhile."""
+        """Until no other thread's answer is unfinished. Raises Stopped where `stop` is requested first."""
         me = threading.get_ident()
         while not self.closed and self._holder is not None and self._thread != me:
             if stop is not None and stop.requested:

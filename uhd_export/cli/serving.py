@@ -79,7 +79,7 @@ line_options = concern(
         default=64,
         type=COUNT,
         metavar="N",
-        help="Most requests without a slot; more are answered 429.",
+        help="Most requests beyond free slots; more are answered 429.",
         section=SERVING,
     ),
 )

@@ -39,10 +39,10 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """`waiting` is the most requests without a slot; `chunk` the positions of a prompt that run between two
-    steps of running answers, `lone_chunk` those where nothing else runs (None: what suits the device);
-    `patience` the seconds in which a reader who fell behind must read; `crop_bytes` what the cut images of
-    all requests may take together.
+    """`waiting` is the most requests for which no slot is free; `chunk` the positions of a prompt that run
+    between two steps of running answers, `lone_chunk` those where nothing else runs (None: what suits the
+    device); `patience` the seconds in which a reader who fell behind must read; `crop_bytes` what the cut
+    images of all requests may take together.
     """
 
     waiting: int = 64
@@ -117,17 +117,19 @@ class Scheduler:
                 raise Closed("the service is shutting down")
             # One alone may be larger than what all may hold: nothing else would ever answer it.
             crowded = request.nbytes and 0 < self._held > self.limits.crop_bytes - request.nbytes
-            if crowded or self.waiting >= self.limits.waiting:
+            if crowded:
                 raise self._busy()
+            self.check_room()
             self._held += request.nbytes
             self._queue.push(request.caller, generation)
             self._changed.notify_all()
         return stream
 
-    def check_room(self, coming: int) -> None:
-        """Raise Busy, as `submit` does, where `coming` requests, still read, will fill slots and line."""
-        if self.waiting + coming >= self.limits.waiting + len(self._slots):
-            raise self._busy()
+    def check_room(self, coming: int = 0) -> None:
+        """Raise Busy where those without a slot, and `coming` that are still read, fill slots and line."""
+        with self._changed:
+            if self.waiting + coming >= self.limits.waiting + self._slots.free:
+                raise self._busy()
 
     def _busy(self) -> Busy:
         rounds = 1 + self.waiting // len(self._slots)
@@ -233,10 +235,11 @@ class Scheduler:
     def _admit(self) -> None:
         """Give free slots to requests whose images are encoded, in the order in which they came."""
         for generation in [g for g in self._coming if g.ready]:
-            slot = self._slots.take(generation.keys)
-            if slot is None:
-                return
-            self._coming.remove(generation)
+            with self._changed:  # it waits or has a slot: none counts it as both
+                slot = self._slots.take(generation.keys)
+                if slot is None:
+                    return
+                self._coming.remove(generation)
             generation.slot = slot
             generation.spend("vision" if generation.encodings else "queue")
             start = slot.shared(generation.keys)
