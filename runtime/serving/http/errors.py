@@ -48,9 +48,27 @@ async def _refused(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     request.app.state.metrics.refused("refused")
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    return JSONResponse(problem(f"{where}: {first['msg']}", 400, where), 400)
+    # Of a field that may be of several kinds each complains: the one that came furthest meant it.
+    first = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    where, reason = _path(first, error.body), first["msg"]
+    if first["type"] == "json_invalid":
+        where, reason = "body", f"not JSON at character {first['loc'][-1]} ({first['ctx']['error']})"
+    elif where == "body" and isinstance(error.body, bytes):
+        reason = "not read as JSON; send Content-Type: application/json"
+    return JSONResponse(problem(f"{where}: {reason}", 400, where), 400)
+
+
+def _path(error: dict[str, Any], body: Any) -> str:
+    """The field of `body` that `error` is about, without pydantic's names of a union's kinds."""
+    path, value, parts = [], body, error["loc"][1:]
+    for number, part in enumerate(parts, 1):
+        inside = isinstance(value, dict) and part in value
+        inside |= isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if inside:
+            value = value[part]
+        if inside or (number == len(parts) and error["type"] == "missing"):
+            path.append(str(part))
+    return ".".join(path) or "body"
 
 
 async def _busy(request: Request, error: Any) -> Response:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # What may be asked without a key: that the server lives, and the page, which asks for the key itself.
 OPEN = ("/", "/health")
-# Bodies of the largest size that may be on their way together: more would be memory that nobody planned.
+# Bodies of the largest size that may be kept together: more would be memory that nobody planned.
 AT_A_TIME = 8
 
 
@@ -25,7 +25,7 @@ class Guard:
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_bytes: int, body_seconds: float) -> None:
         self._app, self._max_bytes, self._body_seconds = app, max_bytes, body_seconds
         self.held = 0
-        """Bytes of bodies that were read, and that the application has not taken yet."""
+        """Bytes of bodies whose requests are not answered yet."""
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +77,7 @@ class Guard:
                     if body.size > self._max_bytes:
                         return 413, self._too_large()
                     if self.held > AT_A_TIME * self._max_bytes:
-                        return 429, "too much is being sent at once; try again in a second"
+                        return 429, "the requests of others fill the memory for bodies; try again in a second"
         except TimeoutError:
             return 408, f"the body did not come within {self._body_seconds:g} s"
         return (413, self._too_large()) if body.size > self._max_bytes else None
@@ -87,7 +87,7 @@ class Guard:
 
 
 class _Body:
-    """What came of a request, counted in `guard.held` until the application has taken it."""
+    """What came of a request, counted in `guard.held` until it is answered: the application keeps it."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard, self._messages, self.size = guard, deque[Message](), 0
@@ -111,10 +111,7 @@ class _Body:
         async def next_message() -> Message:
             if not self._messages:
                 return await receive()
-            message = self._messages.popleft()
-            if not self._messages:
-                self.drop()
-            return message
+            return self._messages.popleft()
 
         return next_message
 

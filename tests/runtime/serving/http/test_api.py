@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import threading
 import time
 
 import pytest
@@ -11,9 +12,11 @@ from starlette.testclient import TestClient
 from support.requests import about, data_uri
 
 from uhd_export.runtime.language.prompt import encode_parts, encode_question
+from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http.app import create_app
 from uhd_export.runtime.serving.http.front import HttpOptions
 from uhd_export.runtime.serving.http.guard import AT_A_TIME, Guard
+from uhd_export.runtime.serving.scheduling.queue import Busy
 from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 from uhd_export.runtime.settings import Sampling
 
@@ -269,10 +272,89 @@ def test_what_cannot_be_done_is_refused_by_name(client, fields, message):
     assert "\n" not in problem["message"]
 
 
-def test_a_full_line_answers_429_with_retry_after(serve):
-    service = serve(slots=1, limits=Limits(waiting=0))
+PART = {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "where", "reason"),
+    [
+        (
+            [{"type": "image_url", "image_url": {"url": "x", "detial": "low"}}, PART],
+            {},
+            "messages.0.content.0.image_url.detial",
+            "not permitted",
+        ),
+        ([{"type": "image_url", "image_url": "x"}], {}, "messages.0.content.0.image_url", "dictionary"),
+        ([PART, {"type": "image", "image": "x"}], {}, "messages.0.content.1", "'image' found"),
+        ([{"type": "text"}], {}, "messages.0.content.0.text", "required"),
+        ([{"type": "image_url", "image_url": {}}], {}, "messages.0.content.0.image_url.url", "required"),
+        ("x" * (1 << 19), {}, "messages.0.content", "at most"),
+        ("x", {"stop": ["a"] * 17}, "stop", "at most 16"),
+        ("x", {"stop": ["a", 5]}, "stop.1", "string"),
+        (
+            "x",
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.schema",
+            "required",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_where_it_is(client, content, fields, where, reason):
+    """Also where a field may be of several kinds, each of which finds something else wrong."""
+    answer = post(client(context=256), [{"role": "user", "content": content}], **fields)
+    problem = answer.json()["error"]
+    assert answer.status_code == 400 and problem["param"] == where
+    assert problem["message"].startswith(f"{where}: ") and reason in problem["message"]
+
+
+def test_a_body_that_is_no_json_is_told_what_it_lacks(client):
+    client = client(context=256)
+    kind = {"content-type": "application/json"}
+    broken = client.post("/v1/chat/completions", content=b'{"messages": [}', headers=kind).json()["error"]
+    assert broken["message"] == "body: not JSON at character 14 (Expecting value)"
+    assert broken["param"] == "body"
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    other = client.post("/v1/chat/completions", content=b'{"messages": []}', headers=form)
+    assert other.status_code == 400
+    assert other.json()["error"]["message"] == "body: not read as JSON; send Content-Type: application/json"
+
+
+def test_what_the_official_client_adds_to_an_answer_is_taken_where_it_says_nothing(client):
+    client = client(context=256)
+    nothing = dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations"))
+
+    def ask(**more):
+        said = {"role": "assistant", "content": "Yes.", **nothing, **more}
+        return post(client, [*user("Is it?"), said, *user("Sure?")], max_tokens=1)
+
+    assert ask().status_code == ask(annotations=[]).status_code == 200
+    refused = ask(tool_calls=[{"id": "1"}])
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages.1.tool_calls"
+    assert ask(annotations=[{}]).status_code == 400
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_requests_for_whom_slots_are_free_do_not_wait(serve, cards, slots):
+    """Though their images are read and encoded first; one more than slots and line is refused."""
+    service = serve(slots=slots, limits=Limits(waiting=1))
+    encode = service.scheduler._vision.encode
+    gate = threading.Event()
+    service.scheduler._vision.encode = lambda image: (gate.wait(20), encode(image))[1]
+    image = cards[0][0].resize((200, 200))
+    wish = service.prepare([Message("user", ("", "What?"))], [image], max_tokens=1)
+    streams = [service.submit(wish) for _ in range(slots + 1)]
+    with pytest.raises(Busy):
+        service.submit(wish)
+    gate.set()
+    assert [stream.text() is not None for stream in streams] == [True] * (slots + 1)
+
+
+def test_a_full_line_answers_429_with_retry_after(serve, monkeypatch):
+    service = serve(slots=1, limits=Limits(waiting=1))
     client = TestClient(create_app(service))
+    monkeypatch.setattr(Scheduler, "waiting", 2)
     answer = post(client, max_tokens=1)
+    monkeypatch.undo()
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["type"] == "rate_limit_error"
     service.close()
@@ -292,11 +374,16 @@ def test_a_full_line_is_told_before_images_are_read(serve, cards, monkeypatch):
 
 
 def test_bodies_that_come_together_have_a_limit():
-    """Whoever is within it is served; what the application has taken counts no more."""
-    answered = []
+    """Whoever is within it is served; a body counts until its request is answered, as long as it is kept."""
+    answered, held = [], []
 
     async def app(scope, receive, send):
-        answered.append(len((await receive())["body"]))
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message["body"]), message["more_body"]
+        answered.append(size)
+        held.append(guard.held)
 
     guard = Guard(app, keys=(), max_bytes=100, body_seconds=5)
 
@@ -326,7 +413,7 @@ def test_bodies_that_come_together_have_a_limit():
         assert await ask(gate, bytes(90), bytes(90)) == 413 and guard.held == 0
 
     asyncio.run(run())
-    assert answered == [90] * (AT_A_TIME + 1)
+    assert answered == [90] * (AT_A_TIME + 1) and min(held) >= 90
 
 
 @pytest.mark.parametrize("stream", [False, True])
