@@ -38,6 +38,45 @@ def _valid(tokens: list[str]) -> list[str]:
     return out
 
 
+class TokenBytes:
+    """Single tokens as they are in a text: an answer's, joined, are its UTF-8 (a space may precede it)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        # GPT-2's way to write bytes as characters, which its decoder alone reads.
+        byte_level = tokenizer.decoder is not None and tokenizer.decoder.decode(["\u0120"]) == " "
+        self._alphabet = _byte_alphabet() if byte_level else {}
+
+    def read(self, token: int) -> tuple[str, bytes | None]:
+        """How `token` reads, U+FFFD where it is a part of a character, and its bytes.
+
+        A special token, which is in no text, has its name and None; what is no token reads as nothing.
+        """
+        name = self._tokenizer.id_to_token(token) or ""
+        if token in self._special:
+            return name, None
+        known = self._bytes(name)
+        return known.decode(errors="replace"), known
+
+    def _bytes(self, name: str) -> bytes:
+        if self._alphabet and all(character in self._alphabet for character in name):
+            return bytes(self._alphabet[character] for character in name)
+        if (byte := _BYTE.fullmatch(name)) is not None:
+            return bytes([int(byte[1], 16)])
+        if self._tokenizer.decoder is None:
+            return name.encode()
+        # After another token: the space that begins a text is taken from it.
+        return str(self._tokenizer.decoder.decode(["x", name]))[1:].encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character of GPT-2's alphabet: printable ones stand for themselves."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
 class Detokenizer:
     """Turns a growing list of ids into pieces of text whose sum is the decoded whole.
 

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.language.detokenizer import TokenBytes
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http.schema import (
     ChatMessage,
@@ -98,7 +99,7 @@ class Writer:
     """The objects of one answer, whole or in chunks."""
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokens = TokenBytes(tokenizer)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def answer(self, text: str, tokens: Sequence[Chosen], summary: Summary) -> dict[str, Any]:
@@ -155,8 +156,8 @@ class Writer:
         return {"content": entries, "refusal": None}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, known = self._tokens.read(token)
+        return {"token": text, "logprob": logprob, "bytes": None if known is None else list(known)}
 
 
 def usage(summary: Summary) -> dict[str, Any]:

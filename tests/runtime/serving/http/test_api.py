@@ -10,13 +10,17 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 from support.requests import about, data_uri
+from tokenizers import Tokenizer, decoders, models
 
 from uhd_export.runtime.language.prompt import encode_parts, encode_question
 from uhd_export.runtime.serving.dialogue import Message
 from uhd_export.runtime.serving.http.app import create_app
+from uhd_export.runtime.serving.http.chat import Writer
 from uhd_export.runtime.serving.http.front import HttpOptions
 from uhd_export.runtime.serving.http.guard import AT_A_TIME, Guard
+from uhd_export.runtime.serving.sampling.choice import Chosen
 from uhd_export.runtime.serving.scheduling.queue import Busy
+from uhd_export.runtime.serving.scheduling.request import Piece
 from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 from uhd_export.runtime.settings import Sampling
 
@@ -116,6 +120,34 @@ def test_logprobs_tell_the_likeliest_tokens(client):
         assert best == sorted(best, reverse=True) and best[0] <= 0
         assert bytes(entry["bytes"]).decode() == entry["token"]
     assert post(client, top_logprobs=3).status_code == 400
+
+
+def test_bytes_of_tokens_are_those_of_the_answer(client):
+    """Also where a character is several tokens, each of which is a part of it."""
+    form = {"type": "json_schema", "json_schema": {"schema": {"const": "漢字 é a card"}}}
+    answer = post(client(context=256), max_tokens=60, logprobs=True, response_format=form).json()
+    choice = answer["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert choice["message"]["content"] == '"漢字 é a card"'
+    assert b"".join(bytes(entry["bytes"]) for entry in entries) == choice["message"]["content"].encode()
+    assert any("\ufffd" in entry["token"] for entry in entries)
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_bytes_of_sentencepiece_s_tokens_keep_their_spaces(strip):
+    names = ["<unk>", "</s>", "▁red", "card", "▁", "<0xE6>", "<0xBC>", "<0xA2>", "<0x00>"]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strip)
+    tokenizer.add_special_tokens(["</s>"])
+    tokens = [Chosen(number, -1.0) for number in (2, 3, 4, 2, 5, 6, 7)]
+    piece = Writer("m", tokenizer).piece(Piece("", (*tokens, Chosen(1, -1.0), Chosen(99, -1.0))))
+    *entries, end, unknown = json.loads(piece)["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries) == " redcard  red漢".encode()
+    assert [entry["token"] for entry in entries] == [" red", "card", " ", " red", *"\ufffd\ufffd\ufffd"]
+    assert (end["token"], end["bytes"]) == ("</s>", None)  # which is in no text
+    assert (unknown["token"], unknown["bytes"]) == ("", [])
 
 
 def test_sampling_is_seeded_and_penalties_matter(client):
