@@ -64,7 +64,7 @@ def make_server(
     `options` are uvicorn's.
     """
     # Else sse_starlette cuts every stream as soon as it sees that the server ends.
-    AppStatus.disable_automatic_graceful_drain()
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     service = app.state.front.service
     config = uvicorn.Config(
         app,
