@@ -96,22 +96,26 @@ def decode(file: BinaryIO, name: str, formats: tuple[str, ...] | None = None) ->
             raise error from None
 
 
-def size_of(file: BinaryIO) -> tuple[int, int]:
-    """(width, height) of the image in `file` as it is seen. To be called in `reading`.
-
-    Pixels are decoded only in a PNG, where EXIF may follow them.
-    """
+def header(file: BinaryIO, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """The image in `file`, opened without its pixels, as `decode` would. To be called in `reading`."""
     try:
-        opened = Image.open(file)
-    except UnidentifiedImageError:
+        return Image.open(file, formats=formats)
+    except (UnidentifiedImageError, Image.DecompressionBombError):
         raise
     except Exception:
         file.seek(0)
         pixels = _pixels_only(file)
         if pixels is None:
             raise
-        opened = Image.open(pixels)
-    with opened:
+        return Image.open(pixels, formats=formats)
+
+
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """(width, height) of the image in `file` as it is seen. To be called in `reading`.
+
+    Pixels are decoded only in a PNG, where EXIF may follow them.
+    """
+    with header(file) as opened:
         width, height = opened.size
         turned = _orientation(opened) in _QUARTER_TURNS
         # Pillow turns a TIFF itself, and has its size turned from the beginning where its tag says so.

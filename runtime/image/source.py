@@ -18,6 +18,7 @@ from uhd_export.runtime.image.decode import (
     decode,
     from_array,
     from_tensor,
+    header,
     plain_file,
     reading,
     size_of,
@@ -100,7 +101,7 @@ def from_bytes(
 
 def _stored_size(data: Bytes, formats: tuple[str, ...] | None) -> Size:
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as opened:
+        with header(io.BytesIO(data), formats) as opened:
             return opened.size
     except Image.DecompressionBombError:  # Pillow's own limit, which comes first
         return 1 << 31, 1 << 31

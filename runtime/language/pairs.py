@@ -85,14 +85,19 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str, str]]:
         raise UhdError(f"{path}: not readable as text ({error})") from None
 
 
-def parse_pair(line: str, where: str, root: Path) -> Pair:
-    """The pair of one line, whose images lie under `root`; `where` names it in errors. Raises UhdError."""
+def parse_pair(line: str, where: str, root: Path, *, answered: bool = True) -> Pair:
+    """The pair of one line, whose images lie under `root`; `where` names it in errors. Raises UhdError.
+
+    Without `answered` the field answer may be anything, and is left out.
+    """
     try:
         record = parse_json(line)
     except ValueError as error:
         raise UhdError(f"{where}: not a JSON object ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise UhdError(f"{where}: not a JSON object; a JSON array becomes JSONL with `jq -c '.[]'`")
+    if not answered:
+        record.pop("answer", None)
     turns = _conversation(record, where) if "conversations" in record else _question(record, where)
     images = _images(record, where, root)
     markers = sum(turn.question.count(IMAGE) for turn in turns)

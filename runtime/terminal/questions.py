@@ -4,6 +4,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from uhd_export.runtime.errors import UhdError
+
 
 class Questions(ABC):
     """Lines, until there are no more; empty ones are left out."""
@@ -71,5 +73,7 @@ class PromptQuestions(Questions):
 
 
 def open_questions() -> Questions:
-    """The prompt where somebody sits at a terminal, else the lines of stdin."""
+    """The prompt where somebody sits at a terminal, else the lines of stdin. Raises UhdError without one."""
+    if sys.stdin is None:
+        raise UhdError("no question, and stdin is closed; give QUESTION")
     return PromptQuestions() if sys.stdin.isatty() and sys.stderr.isatty() else StdinQuestions()

@@ -44,6 +44,12 @@ def test_batch_refuses_in_one_line(fails, golden_bundle, questions, tmp_path):
     assert "answers other questions" in fails("batch", golden_bundle, questions, "-o", tmp_path / "a")
 
 
+def test_eval_knows_both_bundles_before_it_asks_one(fails, golden_bundle, questions, image_file, monkeypatch):
+    monkeypatch.setattr("uhd_export.runtime.serving.evaluation.evaluate.evaluate_pairs", None)
+    arguments = ("eval", golden_bundle, "--data", questions, "--image-root", image_file.parent)
+    assert "typo" in fails(*arguments, "--compare", image_file.parent / "typo")
+
+
 def test_eval_compares_two_bundles_on_data(call, golden_bundle, questions, image_file):
     arguments = ("eval", golden_bundle, "--data", questions, "--image-root", image_file.parent)
     options = ("--max-new-tokens", 3, "--threads", 1)

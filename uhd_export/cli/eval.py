@@ -72,6 +72,7 @@ def _evaluate_data(
     opening: PipelineOptions,
     as_json: bool,
 ) -> None:
+    from uhd_export.runtime.bundle.manifest import read_manifest
     from uhd_export.runtime.language.pairs import read_pairs
     from uhd_export.runtime.progress import progress_bar
     from uhd_export.runtime.serving.evaluation import report
@@ -80,11 +81,13 @@ def _evaluate_data(
     from uhd_export.runtime.terminal.report import print_json
 
     pairs = read_pairs(data, image_root)[:count]
+    bundles = [one for one in (bundle, compare) if one is not None]
+    for one in bundles:  # before hours with the first
+        read_manifest(one)
     found = {}
-    for one in (bundle, compare):
-        if one is not None:
-            with slots.open(one, opening) as service, progress_bar(one.name, len(pairs)) as bar:
-                found[one] = evaluate_pairs(service, pairs, max_tokens=tokens, on_pair=bar.set)
+    for one in bundles:
+        with slots.open(one, opening) as service, progress_bar(one.name, len(pairs)) as bar:
+            found[one] = evaluate_pairs(service, pairs, max_tokens=tokens, on_pair=bar.set)
     other = None if compare is None else found[compare]
     comparison = None if other is None else compare_two(found[bundle], other)
     if as_json:

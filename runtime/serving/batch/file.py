@@ -131,7 +131,7 @@ def answer_line(service: Service, line: Line, questions: Path, options: BatchOpt
     """The answers to a line's turns. Raises Failed."""
     root = options.image_root or questions.parent
     try:
-        pair = parse_pair(line.text, line.where, root)
+        pair = parse_pair(line.text, line.where, root, answered=False)
     except UhdError as error:
         raise Failed(str(error)) from None
     return answer_pair(service, pair, max_tokens=options.max_tokens, choosing=options.choosing)

@@ -78,6 +78,7 @@ def test_metadata_of_a_png_does_not_matter(kind, pixels, tmp_path):
     (tmp_path / "image.png").write_bytes(data)
     assert np.array_equal(open_image(tmp_path / "image.png"), pixels)
     assert source_size(str(tmp_path / "image.png")) == (WIDTH, HEIGHT)
+    assert from_bytes(data, max_pixels=WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize("kind", EXIF)

@@ -15,7 +15,7 @@ from uhd_export.runtime.interrupts import Terminated
 from uhd_export.runtime.settings import Sampling
 from uhd_export.runtime.terminal import chat as chats
 from uhd_export.runtime.terminal import questions
-from uhd_export.runtime.terminal.questions import PromptQuestions, Questions, StdinQuestions
+from uhd_export.runtime.terminal.questions import PromptQuestions, Questions, StdinQuestions, open_questions
 
 
 class Answer:
@@ -152,3 +152,9 @@ def test_the_prompt_edits_remembers_and_takes_several_lines(monkeypatch, capsys)
         # Read in the background where a prompt begins, so that a key of this test may come before it.
         assert prompt._session.history.get_strings() == ["own", "one\ntwo", "whole"]
     assert "Ctrl-D ends the conversation" in capsys.readouterr().err
+
+
+def test_a_closed_stdin_is_told(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UhdError, match="stdin is closed; give QUESTION"):
+        open_questions()

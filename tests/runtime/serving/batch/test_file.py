@@ -29,7 +29,7 @@ def questions(tmp_path, cards):
                 {"from": "human", "value": "Sure?"},
             ],
         },
-        {"image": None, "question": "Say it."},
+        {"image": None, "question": "Say it.", "answer": 900},  # of which a batch has no use
     ]
     lines = [json.dumps(record) for record in records]
     path = tmp_path / "pairs.jsonl"
