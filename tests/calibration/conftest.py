@@ -1,6 +1,7 @@
 """The golden checkpoint with a tokenizer, and the same quantized, once for a worker."""
 
 import importlib.util
+import json
 
 import pytest
 from support.quantizing import noise_pairs, quantize_options
@@ -19,6 +20,9 @@ def source(golden_checkpoint, tmp_path_factory):
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
     save_tokenizer(build_tokenizer(), folder / "tokenizer.json")
+    config = json.loads((folder / "config.json").read_text())
+    separators = {"mm_separator_token_ids": [14, 201]}  # a comma and a newline of this tokenizer
+    (folder / "config.json").write_text(json.dumps(config | separators))
     return folder
 
 

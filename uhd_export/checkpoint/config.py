@@ -73,7 +73,24 @@ def read_config(folder: Path, options: SourceOptions | None = None) -> Checkpoin
     generating = read_json(path) if path.is_file() else None
     parsed = parse_config(raw, tower, generating, layout=options.layout, mask=options.mask)
     parsed = replace(parsed, template=options.template or parsed.template)
-    return replace(parsed, language=cut_vocabulary(folder, parsed.language))
+    parsed = replace(parsed, language=cut_vocabulary(folder, parsed.language))
+    _refuse_ids_without_tokens(parsed)
+    return parsed
+
+
+def _refuse_ids_without_tokens(config: CheckpointConfig) -> None:
+    """Raise UhdError where an id that the model needs is one of the rows that were cut."""
+    separators = config.separators
+    for name, ids in (
+        ("eos_token_id", config.language.eos),
+        ("mm_separator_token_ids", (separators.comma, separators.newline)),
+    ):
+        if max(ids) >= config.language.vocab:
+            raise UhdError(
+                f"config field {name}: {max(ids)} is no token of the tokenizer, which has "
+                f"{config.language.vocab} tokens; are its added tokens missing (tokenizer.json, or "
+                "added_tokens.json and tokenizer_config.json)?"
+            )
 
 
 def cut_vocabulary(folder: Path, language: LanguageConfig) -> LanguageConfig:

@@ -15,6 +15,7 @@ from uhd_export.checkpoint.int4.gptq import open_checkpoint
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS
+from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.settings import Sampling
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -45,6 +46,17 @@ def test_the_vocabulary_is_cut_to_the_tokenizers(padded):
         assert checkpoint.shape(name) == whole.shape(name)
         assert torch.equal(checkpoint.tensor(name), whole.tensor(name))
         assert checkpoint.stored(name).shape[0] == ROWS
+
+
+@pytest.mark.parametrize(
+    "field, ids", [("eos_token_id", 450), ("eos_token_id", [2, 450]), ("mm_separator_token_ids", [14, 450])]
+)
+def test_ids_that_only_rows_without_a_token_have_are_refused(padded, tmp_path, field, ids):
+    shutil.copytree(padded, tmp_path / "checkpoint")
+    config = json.loads((padded / "config.json").read_text())
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config | {field: ids}))
+    with pytest.raises(UhdError, match=f"config field {field}: 450 is no token .* 442 tokens.*added tokens"):
+        read_config(tmp_path / "checkpoint")
 
 
 def test_rows_without_a_token_never_win(padded, tmp_path):
