@@ -57,7 +57,7 @@ def language_config(config: dict, generating: dict) -> LanguageConfig:
 
 
 # What transformers takes where generation_config.json samples and does not say.
-_SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 
 
 def default_sampling(generating: dict) -> Sampling:
@@ -66,12 +66,14 @@ def default_sampling(generating: dict) -> Sampling:
     penalty = positive(generating, "repetition_penalty", 1.0, where)
     if not optional(generating, "do_sample", bool, False, where):
         return Sampling(repetition_penalty=penalty)
-    kinds: dict[str, Any] = {"temperature": (int, float), "top_k": int, "top_p": (int, float)}
-    found = {name: optional(generating, name, kinds[name], _SAMPLED[name], where) for name in kinds}
+    found: dict[str, Any] = {
+        name: optional(generating, name, int, default, where)
+        if isinstance(default, int)
+        else float(optional(generating, name, (int, float), default, where))
+        for name, default in _SAMPLED.items()
+    }
     try:
-        return Sampling(
-            float(found["temperature"]), found["top_k"], float(found["top_p"]), repetition_penalty=penalty
-        )
+        return Sampling(**found, repetition_penalty=penalty)
     except UhdError as error:
         raise UhdError(f"{where} field {error}") from None
 

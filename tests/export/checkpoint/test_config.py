@@ -153,6 +153,8 @@ def test_the_generation_config_is_read(tmp_path):
             {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
             Sampling(0.7, 20, 0.8, repetition_penalty=1.05),
         ),
+        ({"do_sample": True, "min_p": 0.1}, Sampling(1.0, 50, 1.0, min_p=0.1)),
+        ({"do_sample": False, "min_p": 0.1}, Sampling()),
         ({"repetition_penalty": 1.2, "do_sample": False}, Sampling(repetition_penalty=1.2)),
     ],
 )
@@ -165,6 +167,7 @@ def test_the_generation_configs_sampling_is_the_default(generating, sampling):
     "generating",
     [
         {"do_sample": True, "top_p": 2},
+        {"do_sample": True, "min_p": 2},
         {"repetition_penalty": 0},
         {"do_sample": "yes"},
         {"do_sample": True, "top_k": 1.5},
