@@ -16,7 +16,7 @@ from PIL import Image
 from uhd_export.bundle.cost import model_sizes
 from uhd_export.bundle.exclusive import exclusive
 from uhd_export.bundle.stages import ASKING, GPTQ, IMAGES, WRITING, expected_seconds, gptq_units
-from uhd_export.bundle.staging import output_errors, staged_folder
+from uhd_export.bundle.staging import output_errors, parents_of, refuse_existing, staged_folder
 from uhd_export.calibration.accuracy import measure_accuracy
 from uhd_export.calibration.chart import draw_report
 from uhd_export.calibration.data import card_pairs, without_duplicates
@@ -80,6 +80,8 @@ def quantize(
     present = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if present and not reuse:
         raise UhdError(f"output {out}: exists already; choose another, or delete it")
+    if not present:
+        refuse_existing(out, force=False)
     version = library_version()
     folder = source_folder(source, options.reading.revision)
     if is_quantized(folder):
@@ -122,6 +124,7 @@ def quantize(
     with (
         closing(Checkpoint(folder, config.language.vocab)) as checkpoint,
         output_errors(out),
+        parents_of(out),
         exclusive(work.folder),
     ):
         work.prepare(identity, say)
@@ -237,9 +240,10 @@ def _identity(
 ) -> dict[str, str]:
     """Digests of what decides the result, to know it again by; the keys are shown to the user."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weight_paths(folder)}
+    tokenizer = checkpoint_tokenizer(folder).to_str()
     parts = {
         "version": _WORK_VERSION,
-        "checkpoint": [str(folder.resolve()), weights, repr(config)],
+        "checkpoint": [str(folder.resolve()), weights, repr(config), tokenizer],
         "settings": settings,
         "data": _fingerprint(pairs),
         "tools": [version, torch.__version__],
@@ -256,7 +260,7 @@ def _fingerprint(pairs: list[Pair]) -> str:
                 digest.update(repr(image.size).encode() + image.tobytes())
             else:
                 status = image.stat()
-                digest.update(f"{image} {status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(f"{image.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 

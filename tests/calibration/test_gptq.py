@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.calibration.quality import Report, output_error
-from uhd_export.calibration.quantize import quantize
+from uhd_export.calibration.quantize import _fingerprint, quantize
 from uhd_export.calibration.sequences import Sequences, build_sequences
 from uhd_export.calibration.solver import GroupSolver
 from uhd_export.calibration.work import Work
@@ -442,11 +443,29 @@ def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, qua
     with pytest.raises(UhdError, match="out: was made of other checkpoint; "):
         quantize(source, out, pairs=noise_pairs(), **arguments)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    right = (source / "tokenizer.json").read_text()
+    other = json.loads(right)
+    other["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    (source / "tokenizer.json").write_text(json.dumps(other))
+    try:
+        with pytest.raises(UhdError, match="out: was made of other checkpoint; "):
+            quantize(source, out, pairs=noise_pairs(), **arguments)
+    finally:
+        (source / "tokenizer.json").write_text(right)
     assert _bytes(out) == before
     for text in ("{", "{}"):
         (out / QUALITY).write_text(text)
         with pytest.raises(UhdError, match=f"{QUALITY} does not tell what it was made of; delete it"):
             quantize(source, out, pairs=noise_pairs(), **arguments)
+
+
+def test_data_is_known_again_whatever_path_leads_to_it(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    absolute, relative = (
+        [Pair((path,), (Turn("Which?", None),), "a pair")] for path in (tmp_path / "a.png", Path("a.png"))
+    )
+    assert _fingerprint(absolute) == _fingerprint(relative)
 
 
 def test_duplicates_in_the_data_are_counted_and_left_out(source, tmp_path):
@@ -471,6 +490,17 @@ def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
             source, tmp_path / place, options=quantize_options(source), pairs=noise_pairs(), say=said.append
         )
     assert said == []
+
+
+@needs_library
+def test_folders_above_the_output_are_made_and_go_with_a_failure(source, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uhd_export.calibration.quantize.build_sequences", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "a" / "b" / "out", options=quantize_options(source), pairs=noise_pairs())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

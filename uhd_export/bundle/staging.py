@@ -37,27 +37,31 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
     """
     out = Path(out).resolve()
     refuse_existing(out, force)
-    made: list[Path] = []
+    with output_errors(out), parents_of(out), exclusive(out):
+        staging, old = (out.with_name(f".{out.name}.uhd-{what}") for what in ("partial", "old"))
+        _recover(out, staging, old)
+        refuse_existing(out, force)
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise UhdError(
+                f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are "
+                "free; make room or choose another disk"
+            )
+        try:
+            staging.mkdir()
+            yield staging
+            _move(staging, out, old)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def parents_of(out: Path) -> Iterator[None]:
+    """The folders above `out` are made where they are missing, and go again where nothing came into them."""
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
-        with output_errors(out):
-            made = [parent for parent in out.parents if not parent.exists()]
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(out):
-                staging, old = (out.with_name(f".{out.name}.uhd-{what}") for what in ("partial", "old"))
-                _recover(out, staging, old)
-                refuse_existing(out, force)
-                free = shutil.disk_usage(out.parent).free
-                if needed > free:
-                    raise UhdError(
-                        f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are "
-                        "free; make room or choose another disk"
-                    )
-                try:
-                    staging.mkdir()
-                    yield staging
-                    _move(staging, out, old)
-                finally:
-                    shutil.rmtree(staging, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         with suppress(OSError):  # they hold `out` where all went well
             for parent in made:
@@ -83,6 +87,8 @@ def output_errors(out: Path) -> Iterator[None]:
 
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise UhdError where `out` is in the way; see `staged_folder`."""
+    if os.path.ismount(os.path.realpath(out)):  # whose name nothing can change, empty or not
+        raise UhdError(f"output {out}: is a mount point; choose a folder inside it")
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import faults
@@ -174,6 +175,16 @@ def test_parents_that_were_made_go_with_a_failure(tmp_path):
     assert leftovers(tmp_path) == ["a"] and leftovers(tmp_path / "a") == []
     write(tmp_path / "a" / "b" / "out")
     assert leftovers(tmp_path / "a" / "b" / "out") == [MANIFEST, "part.bin"]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_mount_point_is_refused_before_anything_is_written(bundle, tmp_path, monkeypatch, force):
+    """Its name cannot change: a container's /out would fail when everything is done."""
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", *([bundle] if force else [])):
+        monkeypatch.setattr(os.path, "ismount", lambda path, out=out: Path(path) == out)
+        with pytest.raises(UhdError, match=f"output {out}: is a mount point; choose a folder inside it"):
+            write(out, force=force)
 
 
 def test_too_little_space_is_told_in_units_that_suit(tmp_path, monkeypatch):
