@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from uhd_export.checkpoint.fields import read_json
+from uhd_export.checkpoint.int4.settings import quantization_settings
 from uhd_export.runtime.bundle.manifest import Parity
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.memory import available_memory
@@ -39,10 +40,15 @@ def peer_entries(
     model, tokens = "logits", "tokenizer"
     metrics = {model: "relative error", tokens: f"differing of {len(HARD_TEXTS)} texts"}
     inputs = {model: f"{len(embeds)} positions", tokens: "hard texts"}
-    config = pipeline.manifest.model.language
+    config, given = pipeline.manifest.model.language, pipeline.manifest.source.config
+    path = folder / "config.json" if given is None else Path(given)
     return [
         _measure(
-            model, inputs[model], metrics[model], limit, lambda: _logits_error(folder, config, embeds, logits)
+            model,
+            inputs[model],
+            metrics[model],
+            limit,
+            lambda: _logits_error(folder, path, config, embeds, logits),
         ),
         _measure(tokens, inputs[tokens], metrics[tokens], None, lambda: _differing(pipeline, folder)),
     ]
@@ -66,12 +72,14 @@ def _measure(part: str, inputs: str, metric: str, limit: float | None, measure: 
         logging.disable(disabled)
 
 
-def _logits_error(folder: Path, config: LanguageConfig, embeds: np.ndarray, logits: np.ndarray) -> float:
+def _logits_error(
+    folder: Path, path: Path, config: LanguageConfig, embeds: np.ndarray, logits: np.ndarray
+) -> float:
+    """The error against the weights in `folder`, configured as the file `path` says."""
     import torch
     import transformers
 
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config") is not None:
+    if quantization_settings(folder) is not None:
         raise _Unavailable("the folder is quantized, which it needs a GPU's kernels for")
     parameters = 4 * config.layers * (4 * config.hidden**2 + 3 * config.hidden * config.intermediate)
     needed, available = parameters + 8 * config.hidden * config.vocab, available_memory()
@@ -82,7 +90,7 @@ def _logits_error(folder: Path, config: LanguageConfig, embeds: np.ndarray, logi
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     }
     settings, kind = kinds[config.kind]
-    fields = {name: value for name, value in raw.items() if not name.startswith("mm_")}
+    fields = {name: value for name, value in read_json(path).items() if not name.startswith("mm_")}
     transformers.logging.disable_progress_bar()
     own = settings(**{**fields, "model_type": config.kind})
     model = kind.from_pretrained(folder, config=own, dtype=torch.float32, local_files_only=True).eval()
