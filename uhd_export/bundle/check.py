@@ -8,7 +8,7 @@ from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.files import weight_sizes
 from uhd_export.checkpoint.hub import cached
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
-from uhd_export.checkpoint.source import NANO, source_folder
+from uhd_export.checkpoint.source import NANO, source_folder, whole_folder
 from uhd_export.graph.int4.view import as_stored
 from uhd_export.runtime.bundle.integrity import hash_file, verify_files
 from uhd_export.runtime.bundle.manifest import Manifest, Parity, Source, read_manifest
@@ -54,7 +54,7 @@ def check_bundle(
     with progress_bar("hashing", size, show=progress, nbytes=True) as bar:
         verify_files(folder, manifest, remembered=False, on_bytes=bar.advance)
     if checkpoint is not None:
-        same = str(checkpoint) == manifest.source.id
+        same = str(checkpoint) == manifest.source.id and not Path(checkpoint).is_dir()
         source: Path | None = source_folder(checkpoint, manifest.source.revision if same else None)
     else:
         source = _recorded(manifest.source)
@@ -107,7 +107,7 @@ def _recorded(source: Source) -> Path | None:
     if source.id == NANO:
         return source_folder(NANO)
     if Path(source.id).is_dir():
-        return Path(source.id)
+        return whole_folder(Path(source.id))
     if Path(source.id).is_absolute():
         return None
     return cached(source.id, source.revision)

@@ -21,6 +21,7 @@ import uhd_export.bundle.parity as parity
 import uhd_export.bundle.staging as staging
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.check import check_bundle
+from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle.manifest import STORED, VISION, Parity, VisionQuantization, read_manifest
 from uhd_export.runtime.errors import UhdError
@@ -293,6 +294,18 @@ def test_check_finds_what_was_altered(golden_bundle, tmp_path):
     (copy / "language.onnx.data").write_bytes(data)
     with pytest.raises(UhdError, match=r"language\.onnx\.data was altered"):
         check_bundle(copy)
+
+
+@pytest.mark.parametrize("place", [".", f"snapshots/{'a' * 40}"])
+def test_a_folder_of_the_hubs_cache_is_found_again(tmp_path, monkeypatch, place):
+    cache = tmp_path / "models--owner--name"
+    source = cache / place
+    shutil.copytree(EMBEDDED, cache / "snapshots" / ("a" * 40))
+    build_bundle(source, tmp_path / "out", options=build_options(context=512), verify=False)
+    monkeypatch.setattr("uhd_export.bundle.check.measure_parity", lambda *arguments, **options: [])
+    for checkpoint in (None, source):
+        report = check_bundle(tmp_path / "out", checkpoint=checkpoint)
+        assert (report.checkpoint, report.note) == (cache / "snapshots" / ("a" * 40), None)
 
 
 @pytest.mark.slow
