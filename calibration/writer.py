@@ -82,8 +82,12 @@ def write_shards(
                 total += file.get_tensor(tensor).nbytes
     for shard in shards:
         name, tensors = next(files), {}
+        starts: set[int] = set()
         for tensor in shard:
-            tensors[tensor] = read(tensor).contiguous()
+            values = read(tensor).contiguous()
+            # A tied head is the table itself, under a second name, which the format has no way to say.
+            tensors[tensor] = values.clone() if values.data_ptr() in starts else values
+            starts.add(values.data_ptr())
             where[tensor] = name
             total += tensors[tensor].nbytes
             done += 1

@@ -28,7 +28,7 @@ from uhd_export.calibration.quantize import _fingerprint, quantize
 from uhd_export.calibration.sequences import Sequences, build_sequences
 from uhd_export.calibration.solver import GroupSolver
 from uhd_export.calibration.work import Work
-from uhd_export.calibration.writer import bytes_beside_layers
+from uhd_export.calibration.writer import bytes_beside_layers, write_shards
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.int4.weight import round_to_nearest
@@ -426,6 +426,15 @@ def test_shards_hold_no_more_metadata_than_others_expect(quantized):
     for path in quantized[0].glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
+
+
+def test_tensors_that_are_one_in_memory_are_written_apart(tmp_path):
+    """A file of torch.save stores a tied head once, and gives it under both names."""
+    table = torch.arange(6.0).reshape(3, 2)
+    read = {"embed": table, "head": table, "part": table[:2], "other": torch.ones(2)}
+    write_shards(read.__getitem__, sorted(read), tmp_path, lambda done, total: None)
+    written = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert {name: t.tolist() for name, t in written.items()} == {name: t.tolist() for name, t in read.items()}
 
 
 def test_what_was_made_before_is_taken_where_it_was_made_of_the_same(source, quantized, tmp_path):

@@ -93,7 +93,7 @@ class TorchFile:
             isinstance(value, torch.Tensor) for value in state.values()
         ):
             raise UhdError(f"{path}: must hold a dictionary of tensors; save its state_dict as safetensors")
-        self._state: dict[str, torch.Tensor] = {str(name): value for name, value in state.items()}
+        self._state: dict[str, torch.Tensor] = {str(name): value.detach() for name, value in state.items()}
 
     def names(self) -> Iterable[str]:
         """Every tensor name."""

@@ -197,3 +197,9 @@ def test_what_is_missing_from_a_model_is_named_before_any_work(golden_checkpoint
         build_bundle(tmp_path / "c", tmp_path / "out", options=options)
     assert str(tmp_path / "c") in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_parameters_are_read_as_tensors(tmp_path):
+    torch.save({name: torch.nn.Parameter(value) for name, value in NEW.items()}, tmp_path / BIN)
+    tensor = Checkpoint(tmp_path).tensor("a")
+    assert tensor.numpy().tolist() == NEW["a"].tolist() and type(tensor) is torch.Tensor
