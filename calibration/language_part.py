@@ -5,7 +5,6 @@ tokenizer's, since others take its size from the tensors and would let rows with
 """
 
 import re
-import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -15,13 +14,13 @@ from uhd_export.bundle.staging import output_errors, staged_folder
 from uhd_export.calibration.sequences import Progress
 from uhd_export.calibration.writer import write_json, write_shards
 from uhd_export.checkpoint.config import cut_vocabulary
+from uhd_export.checkpoint.copy import copy_own
 from uhd_export.checkpoint.fields import optional, read_json
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
 from uhd_export.checkpoint.int4.linears import LM_HEAD
 from uhd_export.checkpoint.int4.settings import FIELD, is_quantized
 from uhd_export.checkpoint.language_config import language_config
 from uhd_export.checkpoint.reader import VOCABULARY, Checkpoint
-from uhd_export.checkpoint.source import source_folder
 from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
@@ -36,17 +35,20 @@ _COPIED = (
 )
 
 
-def extract_language(source: str | Path, out: str | Path, *, progress: bool = False) -> None:
-    """Write the language part of GPTQ checkpoint `source`, a folder or a hub id, into the folder `out`.
+def extract_language(
+    folder: Path, out: str | Path, *, config: str | Path | None = None, progress: bool = False
+) -> None:
+    """Write the language part of the GPTQ checkpoint in `folder` into the folder `out`.
 
-    Raises UhdError, where `source` is not quantized too; then there is no `out`.
+    `config` is a path that replaces the folder's config.json. Raises UhdError, where `folder` is not
+    quantized too; then there is no `out`.
     """
-    folder, out = source_folder(source), Path(out).absolute()
+    out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UhdError(f"output {out}: exists already; choose another, or delete it")
     if not is_quantized(folder):
-        raise UhdError(f"checkpoint {source}: is not quantized; `uhd-export quantize` it first")
-    raw = read_json(folder / "config.json")
+        raise UhdError(f"checkpoint {folder}: is not quantized; `uhd-export quantize` it first")
+    raw = read_json(Path(config) if config else folder / "config.json")
     with output_errors(out), staged_folder(out) as staging, progress_bar("writing", show=progress) as bar:
         write_language_part(folder, raw, staging, bar.set)
 
@@ -74,7 +76,7 @@ def write_language_part(folder: Path, raw: dict, target: Path, progress: Progres
     write_json(target / "config.json", plain_config(raw, language, rows) | {FIELD: settings})
     for name in _COPIED:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            copy_own(folder, name, target / name)
 
 
 def plain_config(raw: dict, language: LanguageConfig, vocab: int) -> dict:

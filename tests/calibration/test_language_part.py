@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,21 @@ def test_a_language_part_is_of_a_quantized_checkpoint_in_a_new_folder(source, qu
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UhdError, match="exists already"):
         extract_language(quantized[0], quantized[0])
+
+
+def test_a_folder_called_nano_is_not_the_embedded_model(quantized, tmp_path, monkeypatch):
+    """And its configuration may be another one."""
+    shutil.copytree(quantized[0], tmp_path / "nano")
+    raw = json.loads((quantized[0] / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
+    monkeypatch.chdir(tmp_path)
+    extract_language(Path("nano"), "out", config="other.json")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(quantized, tmp_path):
+    shutil.copytree(quantized[0], tmp_path / "checkpoint")
+    (tmp_path / "private").write_text("private")
+    (tmp_path / "checkpoint" / "NOTICE").symlink_to(tmp_path / "private")
+    with pytest.raises(UhdError, match="NOTICE is a link that leads out of it"):
+        extract_language(tmp_path / "checkpoint", tmp_path / "out")

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
 from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.given import refuse_given
 from uhd_export.cli.options import (
     COUNT,
     ENGINES,
@@ -25,9 +25,9 @@ from uhd_export.cli.options import (
 )
 from uhd_export.cli.preset import preset_notes, preset_option
 from uhd_export.cli.quantize import quantize_into
+from uhd_export.graph.int4.options import AUTO
 from uhd_export.graph.int8.options import VISION_WEIGHTS
 from uhd_export.runtime.choices import CACHES, DTYPES
-from uhd_export.runtime.errors import UhdError
 
 # About a minute of one core, where the 200 of `quantize` take four.
 _QUESTIONS = 50
@@ -35,6 +35,8 @@ _QUESTIONS = 50
 _CHECKED = 20
 # Of 8-bit vision and cache: each is many crops of thousands of patches, and a thousand positions.
 _PAIRS = 4
+# The options of calibration that say which these are.
+_CHOOSING = {"data", "image_root", "seed"}
 
 
 @click.command(cls=Command)
@@ -109,7 +111,7 @@ def build(
     options = replace(options, questions=_questions(source, calibration))
 
     def tell(cost: Cost) -> None:
-        for line in cost_lines(cost, options, calibration.samples, f"{output}-gptq"):
+        for line in cost_lines(cost, options, calibration.samples, _gptq_folder(output)):
             click.echo(line, err=True)
 
     with overall_bar("build"):
@@ -145,26 +147,25 @@ def _quantizer(
     `source` was found in the folder `found`. What is made stays beside the bundle, as OUTPUT-gptq, and is
     taken again where it was made of the same.
     """
-    calibrated = "int8" in (options.vision_weights, options.cache)
-    if options.weights.weights != "int4":
-        if not calibrated:
-            _refuse_calibration(
-                "is for calibration; give it with --weights int4, --vision-weights int8 or --cache int8"
-            )
-        return None
     from uhd_export.checkpoint.int4.settings import is_quantized
     from uhd_export.checkpoint.source import NANO
 
+    calibrated = "int8" in (options.vision_weights, options.cache)
+    unused = CalibrationOptions.__dataclass_fields__.keys() - (_CHOOSING if calibrated else set())
+    if source == NANO and _rounds(options):
+        unused -= {"questions"}
+    if options.weights.weights != "int4":
+        others = "" if calibrated else ", --vision-weights int8 or --cache int8"
+        refuse_given(unused, f"is for calibration; give it with --weights int4{others}")
+        return None
     if is_quantized(found):
-        if calibrated:
-            return None
-        _refuse_calibration(f"checkpoint {source} is quantized already; leave it out")
+        refuse_given(unused, f"checkpoint {source} is quantized already; leave it out")
         return None
     if calibration.questions is None and source == NANO:
         calibration = replace(calibration, questions=_QUESTIONS)
     gptq = GptqOptions(group=options.weights.group)
     chosen = QuantizeOptions(options.reading, options.images, calibration, gptq)
-    folder = output.with_name(f"{output.name}-gptq")
+    folder = _gptq_folder(output)
 
     def quantize() -> Path:
         if not folder.exists():
@@ -175,11 +176,18 @@ def _quantizer(
     return quantize
 
 
-def _refuse_calibration(reason: str) -> None:
-    """Raise UhdError where the command line gives an option of calibration."""
-    context = click.get_current_context()
-    names = CalibrationOptions.__dataclass_fields__
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in names and context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            raise UhdError(f"{parameter.opts[0]}: {reason}")
+def _rounds(options: BuildOptions) -> bool:
+    """Whether anything of the bundle is rounded, beside what GPTQ does."""
+    weights = options.weights
+    return (
+        weights.weights == "int4-rtn"
+        or weights.lm_head not in (AUTO, "dense")
+        or options.vision_weights == "int8"
+        or options.cache_type != options.precision
+    )
+
+
+def _gptq_folder(output: Path) -> Path:
+    """OUTPUT-gptq; `.` is called as the folder that it is."""
+    named = output if output.name else output.absolute()
+    return named.with_name(f"{named.name}-gptq")

@@ -1,11 +1,14 @@
 """The command `quantize`."""
 
+import shlex
 from pathlib import Path
 
 import click
 
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
+from uhd_export.checkpoint.options import ImageOptions, SourceOptions
 from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.given import given_options, refuse_given
 from uhd_export.cli.options import (
     CALIBRATION,
     COUNT,
@@ -93,7 +96,10 @@ def quantize(source: str, output: Path, options: QuantizeOptions) -> None:
         from uhd_export.checkpoint.int4.settings import is_quantized
 
     if options.language_only and is_quantized(folder):
-        extract_language(folder, output, progress=True)
+        allowed = {"output", "language_only", "revision", "config", "debug"}
+        others = {option.name or "" for option in given_options()} - allowed
+        refuse_given(others, f"checkpoint {source} is quantized already; leave it out")
+        extract_language(folder, output, config=options.reading.config, progress=True)
         click.echo(f"{output}: {_LANGUAGE}")
     else:
         quantize_into(source, output, options)
@@ -118,5 +124,13 @@ def quantize_into(source: str, output: Path, options: QuantizeOptions, *, reuse:
         )
     for line in summary_lines(report.to_json()):
         click.echo(line)
-    whole = f"a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE` builds it"
+    whole = f"a GPTQ checkpoint; `uhd-export build {output} -o BUNDLE{_again()}` builds it"
     click.echo(f"{output}: {_LANGUAGE if options.language_only else whole}")
+
+
+def _again() -> str:
+    """The given options that the GPTQ checkpoint does not hold, for who builds it: `config` is its own."""
+    names = {*SourceOptions.__dataclass_fields__, *ImageOptions.__dataclass_fields__} - {"config", "revision"}
+    values = click.get_current_context().params
+    given = (option for option in given_options() if option.name in names)
+    return "".join(f" {option.opts[0]} {shlex.quote(str(values[option.name or '']))}" for option in given)

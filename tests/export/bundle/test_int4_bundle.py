@@ -1,6 +1,7 @@
 """Bundles with int4 language models: what is chosen, that they hold the exact integers, and their reports."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,6 +267,68 @@ def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, t
     result = _build(_gptq(plain, tmp_path / "gptq"), "-o", out, "--weights", "int4", option, 32)
     assert f"{option}: checkpoint {tmp_path}/gptq is quantized already" in result.output
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--samples", "--length", "--eval"])
+def test_options_of_gptq_alone_are_refused_where_8_bits_are_calibrated(plain, tmp_path, option):
+    for rounded in (("--vision-weights", "int8"), ("--cache", "int8")):
+        result = _build(plain, "-o", tmp_path / "out", *rounded, option, 32)
+        assert result.output.endswith(f"{option}: is for calibration; give it with --weights int4\n")
+    gptq = _gptq(plain, tmp_path / "gptq")
+    result = _build(gptq, "-o", tmp_path / "out", "--weights", "int4", "--cache", "int8", option, 32)
+    assert f"{option}: checkpoint {gptq} is quantized already" in result.output
+
+
+def test_questions_may_be_counted_wherever_nano_is_rounded(tmp_path, monkeypatch):
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments, options, **rest):
+        asked.append(options.questions)
+        raise Stop
+
+    monkeypatch.setattr("uhd_export.bundle.build.build_bundle", stop)
+    for rounded in (("--weights", "int4-rtn"), ("--lm-head", "int8"), ("--vision-weights", "int8")):
+        _build("nano", "-o", tmp_path / "out", *rounded, "--eval", 5)
+    assert asked == [5, 5, 5]
+    assert "--eval: is for calibration" in _build("nano", "-o", tmp_path / "out", "--eval", 5).output
+
+
+def test_the_folder_one_is_in_may_be_the_output(tmp_path, monkeypatch, calibrated):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    _build("nano", "-o", ".", "--weights", "int4")
+    assert calibrated[0][1] == tmp_path / "out-gptq"
+
+
+def test_the_next_command_repeats_what_the_checkpoint_does_not_hold(tmp_path, monkeypatch):
+    report = SimpleNamespace(to_json=dict)
+    monkeypatch.setattr("uhd_export.calibration.quantize.quantize", lambda *arguments, **options: report)
+    monkeypatch.setattr("uhd_export.runtime.terminal.quality_report.summary_lines", lambda report: ())
+    given = ["--layout", "merged", "--mask", "5", "--vision-tower", "a b", "--grid", "fix", "--seed", "3"]
+    result = CliRunner().invoke(main, ["quantize", "nano", "-o", "out", "--config", "c.json", *given])
+    again = "--vision-tower 'a b' --layout merged --mask 5 --grid fix"
+    assert f"`uhd-export build out -o BUNDLE {again}` builds it" in result.output
+    result = CliRunner().invoke(main, ["quantize", "nano", "-o", "out"])
+    assert "`uhd-export build out -o BUNDLE` builds it" in result.output
+
+
+def test_the_language_part_of_a_quantized_folder_takes_few_options(plain, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "uhd_export.calibration.language_part.extract_language",
+        lambda *arguments, **options: seen.append((arguments, options)),
+    )
+    gptq, out = _gptq(plain, tmp_path / "gptq"), tmp_path / "out"
+    command = ["quantize", str(gptq), "-o", str(out), "--language-only"]
+    for option in (["--samples", "9"], ["--asym"], ["--layout", "flat"], ["--max-slices", "2"]):
+        result = CliRunner().invoke(main, [*command, *option])
+        assert f"{option[0]}: checkpoint {gptq} is quantized already; leave it out" in result.output
+    assert seen == []
+    result = CliRunner().invoke(main, [*command, "--config", "c.json"])
+    assert (result.exit_code, seen) == (0, [((gptq, out), {"config": "c.json", "progress": True})])
 
 
 def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
