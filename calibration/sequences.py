@@ -17,6 +17,7 @@ from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.source import open_image
 from uhd_export.runtime.language.pairs import Pair, conversation_ids
+from uhd_export.runtime.language.prompt import IMAGE_ID
 from uhd_export.runtime.language.sequence import PromptSequence, plan_image
 from uhd_export.runtime.settings import Settings
 
@@ -82,10 +83,12 @@ def build_sequences(
         )
         try:
             images = [plan_image(open_image(image), settings, config.model) for image in pair.images]
-            sequence = PromptSequence(ids[:prompt] if held else ids, images)
+            # Images of later turns are not in the first prompt.
+            first = PromptSequence(ids[:prompt], images[: ids[:prompt].count(IMAGE_ID)])
+            sequence = first if held else PromptSequence(ids, images)
         except UhdError as error:
             raise UhdError(f"{pair.where}: {error}") from None
-        shortest = len(PromptSequence(ids[:prompt], images)) + (NEW_TOKENS if held else 0)
+        shortest = len(first) + (NEW_TOKENS if held else 0)
         if shortest > options.length:
             passed += 1
             continue

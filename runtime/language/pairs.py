@@ -58,7 +58,8 @@ def conversation_ids(
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation, IMAGE_ID in place, and how many of them are its first prompt."""
     prefix = prompts.opening(tokenizer)
-    first = prompts.render(pair.turns[0].question, template, len(pair.images))
+    marked = any(IMAGE in turn.question for turn in pair.turns)
+    first = prompts.render(pair.turns[0].question, template, 0 if marked else len(pair.images))
     ids = prompts.encode(tokenizer, first)
     prompt = len(ids)
     for index, turn in enumerate(pair.turns):

@@ -148,6 +148,12 @@ def test_conversations_become_ids(tokenizer):
     assert IMAGE_ID not in unanswered
 
 
+def test_a_marker_of_a_later_turn_is_the_only_one(tokenizer):
+    turns = (Turn("Hello?", "Yes."), Turn("<image>\nWhich?", "12"))
+    ids, prompt = conversation_ids(tokenizer, Pair((Image.new("RGB", (9, 9)),), turns, ""), "vicuna_v1", 2)
+    assert (ids[:prompt].count(IMAGE_ID), ids.count(IMAGE_ID)) == (0, 1)
+
+
 def test_too_few_pairs_are_refused():
     with pytest.raises(UhdError, match=r"too few samples: 3 image-question pairs, 4 to calibrate"):
         choose(card_pairs(3, 0), CalibrationOptions(samples=4, held_out=1))
@@ -239,6 +245,19 @@ def test_sequences_are_what_the_model_sees(golden, golden_model, tokenizer):
     assert sequences.judged == (len(tokens),)
     expected = model.inputs_embeds(pairs[order[0]].images[0], ids[:prompt] + tokens[:-1])[0]
     torch.testing.assert_close(sequences.held_out.rows, expected, atol=1e-5, rtol=0)
+
+
+def test_images_may_come_in_several_turns(golden, tokenizer):
+    options = CalibrationOptions(samples=4, held_out=1, length=1024)
+    turns = (Turn("<image>\nWhich?", "1"), Turn("<image>\nAnd this?", "2"))
+    one, two = (pair.images[0] for pair in _pairs(2))
+    pairs = [Pair((one, two), turns, f"pair {number}") for number in range(5)]
+    sequences = _sequences(golden, tokenizer, pairs, options)
+    further = sequences.calibration.lengths[0] - sequences.held_out.lengths[0]
+    assert further > 100  # the second image's tokens, where only the first is asked about
+    wrong = [Pair((one, two), turns[:1], "pair of one marker")] * 5
+    with pytest.raises(UhdError, match="pair of one marker: "):
+        _sequences(golden, tokenizer, wrong, options)
 
 
 def test_greedy_tokens_end_after_end_of_text(golden_model):
