@@ -28,7 +28,12 @@ from uhd_export.calibration.quality import Accuracy, Report
 from uhd_export.calibration.sequences import Sequences, build_sequences
 from uhd_export.calibration.solver import library_version
 from uhd_export.calibration.work import Work, differing
-from uhd_export.calibration.writer import bytes_beside_layers, quantization_config, write_checkpoint
+from uhd_export.calibration.writer import (
+    bytes_beside_layers,
+    files_beside_weights,
+    quantization_config,
+    write_checkpoint,
+)
 from uhd_export.checkpoint.config import CheckpointConfig, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.files import weight_paths
@@ -118,6 +123,7 @@ def quantize(
         say(f"{out}: quantized before, taken as it is")
         return report
     require_memory(config, calibration, questions)
+    files_beside_weights(folder)  # which raises where one may not be copied, before hours of work
     work = Work(work_folder(out))
     raw = read_json(Path(options.reading.config) if options.reading.config else folder / "config.json")
     raw["quantization_config"] = quantization_config(gptq, version)

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from uhd_export.calibration.options import GptqOptions
 from uhd_export.calibration.sequences import Progress
 from uhd_export.calibration.work import Work, disk_errors, write_tensors
-from uhd_export.checkpoint.copy import copy_own
+from uhd_export.checkpoint.copy import copy_own, own_file
 from uhd_export.checkpoint.int4.linears import linear_shapes
 from uhd_export.checkpoint.reader import Checkpoint
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART
+from uhd_export.runtime.bundle.manifest import MANIFEST, QUALITY, QUALITY_CHART, bundle_files
 from uhd_export.runtime.config import LanguageConfig
+from uhd_export.runtime.errors import UhdError
 
 _SHARD_BYTES = 2 << 30
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
@@ -134,11 +135,32 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Tokenizer, CLIP's configuration and whatever else belongs to the checkpoint, but no weights."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or str(relative) in _REPLACED:
+    for name in files_beside_weights(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_own(source, name, target / name)
+
+
+def files_beside_weights(folder: Path) -> list[Path]:
+    """What `write_checkpoint` copies: tokenizer, CLIP's configuration and whatever else is the checkpoint's.
+
+    Bundles that lie in its folder do not. Raises UhdError where a file is a link that leads out of it.
+    """
+    bundles = [path.parent for path in folder.rglob(MANIFEST) if _is_bundle(path.parent)]
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or not path.is_file() or path.suffix in _WEIGHT_SUFFIXES or str(name) in _REPLACED:
             continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        copy_own(source, relative, target / relative)
+        if not any(path.is_relative_to(bundle) for bundle in bundles):
+            own_file(folder, name)
+            names.append(name)
+    return names
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        bundle_files(folder)
+    except UhdError:
+        return False
+    return True

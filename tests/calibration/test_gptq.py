@@ -20,6 +20,7 @@ from torch import nn
 from uhd_export import load_model
 from uhd_export.bundle.build import build_bundle
 from uhd_export.bundle.options import BuildOptions
+from uhd_export.bundle.staging import staged_folder
 from uhd_export.calibration.activations import Activations
 from uhd_export.calibration.gptq import CALIBRATION, HELD_OUT, WITH_GPTQ, Run
 from uhd_export.calibration.options import CalibrationOptions, GptqOptions, QuantizeOptions
@@ -28,7 +29,7 @@ from uhd_export.calibration.quantize import _fingerprint, quantize
 from uhd_export.calibration.sequences import Sequences, build_sequences
 from uhd_export.calibration.solver import GroupSolver
 from uhd_export.calibration.work import Work
-from uhd_export.calibration.writer import bytes_beside_layers, write_shards
+from uhd_export.calibration.writer import bytes_beside_layers, files_beside_weights, write_shards
 from uhd_export.checkpoint.config import read_config
 from uhd_export.checkpoint.int4.gptq import GptqCheckpoint, open_checkpoint
 from uhd_export.checkpoint.int4.weight import round_to_nearest
@@ -40,8 +41,9 @@ from uhd_export.graph.int4.options import WeightOptions
 from uhd_export.model.language import LanguageModel
 from uhd_export.model.reference import embedding_rows
 from uhd_export.nano.cards import NAMES, make_card_image, question
+from uhd_export.runtime.bundle import manifest as manifests
 from uhd_export.runtime.bundle.integrity import verify_files
-from uhd_export.runtime.bundle.manifest import QUALITY, QUALITY_CHART, read_manifest
+from uhd_export.runtime.bundle.manifest import MANIFEST, QUALITY, QUALITY_CHART, read_manifest
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, Turn
@@ -499,6 +501,31 @@ def test_places_that_cannot_be_written_are_named(source, tmp_path, place):
             source, tmp_path / place, options=quantize_options(source), pairs=noise_pairs(), say=said.append
         )
     assert said == []
+
+
+@needs_library
+def test_a_link_out_of_the_checkpoint_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("uhd_export.calibration.quantize.build_sequences", None)  # would fail if reached
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(source, folder)
+    (tmp_path / "README.md").write_text("private")
+    (folder / "README.md").symlink_to(tmp_path / "README.md")
+    with pytest.raises(UhdError, match=r"README\.md is a link that leads out of it"):
+        quantize(folder, tmp_path / "out", options=quantize_options(source), pairs=noise_pairs())
+    assert leftovers(tmp_path) == ["README.md", "checkpoint"]
+
+
+def test_bundles_in_a_checkpoints_folder_are_not_of_it(source, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(source, folder)
+    (folder / "more").mkdir()
+    (folder / "more" / "manifest.json").write_text("{}")  # of something else
+    with staged_folder(folder / "bundle") as staging:
+        record = {"schema_version": 1, "files": {"language.onnx": {}}}
+        (staging / MANIFEST).write_text(json.dumps(record | {"digest": manifests._digest(record)}))
+        (staging / "language.onnx").touch()
+    names = [str(name) for name in files_beside_weights(folder)]
+    assert names == ["clip/config.json", "more/manifest.json", "tokenizer.json"]
 
 
 @needs_library

@@ -160,15 +160,16 @@ def _check_before(
 ) -> Cost:
     """What the build takes. Raises UhdError for what can be refused before any work, as quantizing is."""
     refuse_existing(out, force)
-    if options.context is not None:
-        _refuse_small_context(options.context, config, checkpoint_tokenizer(folder))
-        check_context(config.language, options.context)
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         refuse_unknown(checkpoint, config)
         # What is yet to be quantized takes the options of what is rounded.
         weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights
         quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
+    tokenizer = checkpoint_tokenizer(folder)  # which raises where there is none
+    if options.context is not None:
+        _refuse_small_context(options.context, config, tokenizer)
+        check_context(config.language, options.context)
     return estimate_cost(config, options, quantization, quantizing=quantizing, verify=verify)
 
 

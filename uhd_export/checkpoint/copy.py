@@ -7,7 +7,12 @@ from uhd_export.runtime.errors import UhdError
 
 
 def copy_own(folder: Path, name: str | Path, target: Path) -> None:
-    """Copy the file `name` of the checkpoint in `folder`.
+    """Copy the file `name` of the checkpoint in `folder`. Raises UhdError as `own_file` does."""
+    shutil.copyfile(own_file(folder, name), target)
+
+
+def own_file(folder: Path, name: str | Path) -> Path:
+    """The file `name` of the checkpoint in `folder`, where it may be copied.
 
     A link may lead anywhere on this machine, and the copy goes to others: one that leaves the folder is not
     followed. The hub's cache consists of links, to the blobs beside its snapshots. Raises UhdError.
@@ -21,4 +26,4 @@ def copy_own(folder: Path, name: str | Path, target: Path) -> None:
             f"checkpoint {folder}: {name} is a link that leads out of it, to {source}; put the file in "
             "its place"
         )
-    shutil.copyfile(source, target)
+    return source

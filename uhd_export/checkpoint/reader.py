@@ -93,16 +93,20 @@ class Checkpoint:
         Raises UhdError where a tensor is missing or has another shape.
         """
         for name, parameter in module.named_parameters():
-            key = prefix + name
-            if key in self._where and self.shape(key) != tuple(parameter.shape):
-                raise UhdError(
-                    f"tensor {key}: shape {list(self.shape(key))} differs from the expected "
-                    f"{list(parameter.shape)}; do config.json and the weights belong together?"
-                )
+            if prefix + name in self._where:
+                self.check_shape(prefix + name, tuple(parameter.shape))
         state = {name: self.tensor(prefix + name, dtype) for name, _ in module.named_parameters()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         module.eval()
+
+    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """Raise UhdError where tensor `name` has another shape, or is missing."""
+        if self.shape(name) != expected:
+            raise UhdError(
+                f"tensor {name}: shape {list(self.shape(name))} differs from the expected "
+                f"{list(expected)}; do config.json and the weights belong together?"
+            )
 
     def refuse_unknown(self, used: Iterable[str], unused: Callable[[str], bool] = lambda name: False) -> None:
         """Raise UhdError naming tensors that are neither `used` nor known to be unused."""

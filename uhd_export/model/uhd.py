@@ -168,11 +168,18 @@ class Parts(NamedTuple):
 
 
 def refuse_unknown(checkpoint: Checkpoint, config: CheckpointConfig) -> None:
-    """Raise UhdError naming tensors that the model of `config` lacks in `checkpoint`, or has no place for."""
+    """Raise UhdError naming tensors that the model of `config` lacks in `checkpoint`, or has no place for.
+
+    So it does where one of vision is of another shape, as with another CLIP's configuration.
+    """
     modules = Parts.on_meta(config).by_prefix().items()
     used = {prefix + name for prefix, module in modules for name, _ in module.named_parameters()}
     for name in sorted(used - checkpoint.names()):
         checkpoint.shape(name)
+    for prefix, module in modules:
+        if prefix:  # the vocabulary of the language model is cut
+            for name, parameter in module.named_parameters():
+                checkpoint.check_shape(prefix + name, tuple(parameter.shape))
     last = f"encoder.layers.{config.vision.layers}."
     checkpoint.refuse_unknown(used, lambda n: last in n or (config.language.tied and n == "lm_head.weight"))
 

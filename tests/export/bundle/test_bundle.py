@@ -263,6 +263,22 @@ def test_broken_checkpoints(spoken_checkpoint, tmp_path):
     assert leftovers(tmp_path) == ["checkpoint"]
 
 
+def test_what_does_not_belong_together_is_refused_before_vision_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "emit_vision", None)  # would fail if it were reached
+    copy, out = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(EMBEDDED, copy)
+    config = json.loads((EMBEDDED / "clip" / "config.json").read_text())
+    image_size = config.get("vision_config", config)
+    image_size["image_size"] = 224
+    (copy / "clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UhdError, match=r"position_embedding\.weight: shape .* differs from the expected"):
+        build_bundle(copy, out)
+    shutil.copytree(EMBEDDED, copy, dirs_exist_ok=True)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UhdError, match=r"holds no tokenizer\.json"):
+        build_bundle(copy, out)
+
+
 def test_unknown_tensors_are_named(spoken_checkpoint, tmp_path):
     copy = tmp_path / "checkpoint"
     shutil.copytree(spoken_checkpoint, copy)
