@@ -262,6 +262,7 @@ class Pipeline:
             if first:
                 self.vision.close()
                 self.language.close()
+                self.images.clear()
                 return_memory()
 
     def __repr__(self) -> str:

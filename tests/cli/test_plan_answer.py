@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.cli.opening import PipelineOptions
 from uhd_export.runtime.bundle.manifest import read_manifest
 from uhd_export.runtime.planning.bundle import fitting_bounds, shortage
@@ -77,6 +78,18 @@ def test_a_gpu_holds_the_whole_cache_in_float16(call):
 )
 def test_what_is_typed_wrongly_is_one_line(fails, arguments, words):
     assert words in fails("plan", "1008x672", *arguments)
+
+
+def test_of_a_checkpoint_on_the_hub_only_sizes_are_downloaded(call, monkeypatch):
+    asked = []
+
+    def download(name, patterns, revision=None):
+        asked.append((name, patterns))
+        return EMBEDDED
+
+    monkeypatch.setattr("uhd_export.checkpoint.source.download", download)
+    planned(call, "--model", "someone/model")
+    assert asked == [("someone/model", ["*.json"])]
 
 
 def test_a_bundle_is_planned_by_its_files(call, golden_bundle):

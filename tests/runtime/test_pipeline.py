@@ -154,6 +154,13 @@ def test_unfinished_answer_counts_as_far_as_it_went(fresh):
     assert fresh.generator.prefix.prefilled < 60
 
 
+def test_a_closed_pipeline_keeps_no_encoded_images(golden_bundle):
+    with Pipeline.open(golden_bundle) as pipeline:
+        pipeline.logits(SMALL, [1, IMAGE_ID, 20])
+        assert len(pipeline.images) == 1
+    assert len(pipeline.images) == 0
+
+
 def test_interleaved_answers_are_refused(fresh):
     first = fresh.generate(SMALL, "A", max_new_tokens=60)
     next(first)

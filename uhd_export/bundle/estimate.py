@@ -11,7 +11,7 @@ from uhd_export.bundle.size import BundleSize, bundle_size
 from uhd_export.checkpoint.config import parse_config, read_config
 from uhd_export.checkpoint.fields import read_json
 from uhd_export.checkpoint.options import ImageOptions
-from uhd_export.checkpoint.source import source_folder
+from uhd_export.checkpoint.source import EMBEDDED, NANO, locate
 from uhd_export.checkpoint.vision_tower import recorded_tower
 from uhd_export.runtime.bundle.manifest import MANIFEST, Manifest, read_manifest
 from uhd_export.runtime.config import OFFICIAL, ModelConfig, official
@@ -142,8 +142,9 @@ def _sizes(name: str) -> tuple[ModelConfig, str]:
     if path.is_file():
         raw = read_json(path)
         config = parse_config(raw, recorded_tower(path.parent, raw))
-    elif path.exists() or "/" in name or name == "nano":
-        config = read_config(source_folder(name))
+    elif path.exists() or "/" in name or name == NANO:
+        # Sizes are in its files of JSON: a checkpoint on the hub is not downloaded for them.
+        config = read_config(EMBEDDED if name == NANO else locate(name, weights=False))
     else:
         raise UhdError(f"--model {name!r}: give {', '.join(known)}, a config.json or its folder, or a bundle")
     return config.model, config.layout

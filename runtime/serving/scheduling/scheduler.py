@@ -73,6 +73,7 @@ class Scheduler:
         limits: Limits,
     ) -> None:
         self._rows, self._table, self._tokenizer, self._eos = rows, table, tokenizer, tuple(eos)
+        self._language = language
         self._embeddings = PromptEmbeddings(language, table, encoded)
         self.limits = limits
         self.listeners: list[Callable[[Summary], None]] = []
@@ -273,6 +274,8 @@ class Scheduler:
         slot.keys.extend(generation.keys[done + start : done + start + len(chunk)])
         if last:
             self._prefilling.popleft()
+            if not self._prefilling:  # else the next prompt's activations take it again
+                self._language.trim()
             generation.spend("prefill")
             self._running.append(generation)
             self._take(generation, scores)

@@ -123,6 +123,16 @@ def test_a_prompt_alone_runs_in_pieces_as_long_as_suit_the_processor(serve, ask)
     assert max(sizes) == ENOUGH_POSITIONS and sum(sizes) > 3 * ENOUGH_POSITIONS
 
 
+def test_a_prompts_activations_are_returned_after_its_last_chunk(serve, ask, monkeypatch):
+    service = serve(slots=1)
+    language, events = service.scheduler._language, []
+    rows, append = service.scheduler._rows, service.scheduler._rows._append
+    monkeypatch.setattr(language, "trim", lambda: events.append("trim"))
+    rows._append = lambda *given: (events.append("run"), append(*given))[1]
+    ask(service, None, "Read this. " * 100, max_tokens=1).text()
+    assert events.count("run") > 1 and events.index("trim") == len(events) - 1
+
+
 @pytest.mark.parametrize(
     ("asked", "bound", "alone", "between"),
     [(None, None, 1024, 256), (None, 64, 64, 64), (600, 64, 600, 256), (100, None, 100, 100)],
