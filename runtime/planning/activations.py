@@ -88,12 +88,20 @@ def _projector(
         yield "projector keys", (len(scales) + 3) * windows * keys * hidden
 
 
-def language_elements(language: LanguageConfig, new: int, total: int, scores: float = 1) -> int:
-    """Of a run of `new` positions, the last of `total`; attention holds its scores `scores` times."""
+def language_elements(
+    language: LanguageConfig, new: int, total: int, scores: float = 1, *, widened: bool = False
+) -> int:
+    """Of a run of `new` positions, the last of `total`; attention holds its scores `scores` times.
+
+    Where the cache is `widened`, a layer's keys and values are turned into floats, and are held once more
+    with those of the run behind them.
+    """
     d, width = language.hidden, language.heads * language.head_size
     qkv = width + 2 * language.kv_heads * language.head_size
     # Attention: the joint product and its parts turned, every head's scores, the result; the input and
     # its norm beside them.
     attention = new * (2 * qkv + width + 2 * d) + round(scores * language.heads * new * total)
+    if widened:
+        attention += 4 * total * language.kv_heads * language.head_size
     mlp = new * (4 * language.intermediate + 2 * d)  # gate and up, joint and apart
     return max(attention, mlp) + language.vocab

@@ -160,7 +160,13 @@ class Workload:
             cache=cache_bytes(language, self.positions, number),
             reserved=cache_bytes(language, self.capacity, number),
             vision=round(vision * item * SLACK) + tokens,
-            prefill=round(language_elements(language, new, self.positions, layout.scores) * item * SLACK)
+            prefill=round(
+                language_elements(
+                    language, new, self.positions, layout.scores, widened=layout.cache_bytes == 1
+                )
+                * item
+                * SLACK
+            )
             + tokens,
             decode=round(language_elements(language, 1, self.positions, layout.scores) * item) + tokens,
             bounds=bounds,

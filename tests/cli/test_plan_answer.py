@@ -53,9 +53,16 @@ def test_prefill_in_chunks_is_a_remedy_where_it_is_enough(call):
     short = planned(call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short)
     assert short["remedies"][0].startswith("--prefill-chunk 128")
     given = planned(
-        call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short, "--prefill-chunk", "512"
+        call, "--model", "vicuna-7b", "--preset", "small", "--memory", just_short, "--prefill-chunk", "128"
     )
-    assert given["fits"] and given["prefill_chunk"] == 512
+    assert given["fits"] and given["prefill_chunk"] == 128
+
+
+def test_a_prompt_attends_to_an_8_bit_cache_in_floats(call):
+    exact, small = (planned(call, "--model", "vicuna-7b", "--preset", name) for name in ("exact", "small"))
+    # Of one layer: keys and values of 1066 positions, those before the run and then all.
+    more = small["bytes"]["prefill activations"] - exact["bytes"]["prefill activations"]
+    assert more == pytest.approx(1.1 * 4 * 1066 * 4096 * 4, rel=0.001)
 
 
 def test_a_gpu_holds_the_whole_cache_in_float16(call):
