@@ -59,12 +59,12 @@ def _droppable(stat: Path) -> int:
         return 0
 
 
-def free_device_memory() -> int | None:
-    """Bytes that are free on the first GPU, as NVIDIA's own tool tells; None where it does not."""
+def free_device_memory(number: int = 0) -> int | None:
+    """Bytes that are free on the GPU of that number, as NVIDIA's own tool tells; None where it does not."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(told.split()[0]) << 20
+        return int(told.split()[number]) << 20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -124,8 +124,8 @@ class Pipeline:
         if context is not None and not 1 <= context <= most:
             raise UhdError(f"context {context}: must be 1 to {most}, the positions this bundle was built for")
         run = configured(manifest.settings, grid_mode, max_slices, resize, template)
-        kind = parse_device(device or default_device(manifest.backend)).kind
-        bounds = fitting_bounds(manifest, kind, run, context)  # before the weights take their share
+        place = parse_device(device or default_device(manifest.backend))
+        bounds = fitting_bounds(manifest, str(place), run, context)  # before the weights take their share
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
             pipeline = cls(folder, manifest, vision, language, context=context or most, check=files.check)
@@ -137,7 +137,7 @@ class Pipeline:
         pipeline.generator.prefix.chunk = bounds.chunk
         if bounds.rows is not None:
             pipeline.encoder.rows = bounds.rows
-        if kind != "cpu":
+        if place.kind != "cpu":
             try:
                 check_device(folder, manifest, pipeline.generator, language.where)
             except UhdError:

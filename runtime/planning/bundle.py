@@ -1,10 +1,14 @@
 """What a bundle's answers take: its parts' bytes from the manifest."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, Manifest, part_files
 from uhd_export.runtime.choices import ENGINE_BACKENDS
-from uhd_export.runtime.image.slicing import Size, plan_slices
+from uhd_export.runtime.engines.device import parse_device
+from uhd_export.runtime.image.slicing import SCALE_RESOLUTION, Size, plan_slices
 from uhd_export.runtime.memory import available_memory, free_device_memory
 from uhd_export.runtime.planning.memory import (
     PACKED_INT4,
@@ -78,8 +82,10 @@ def bundle_workload(
     )
 
 
-# An image that takes the most slices.
-LARGEST: Size = (1008, 1008)
+def largest(settings: Settings) -> Size:
+    """A square image that takes as many slices as `settings` allow, of the size that slices have at most."""
+    side = SCALE_RESOLUTION * math.ceil(math.sqrt(settings.max_slices))
+    return side, side
 
 
 def fitting_bounds(
@@ -88,13 +94,24 @@ def fitting_bounds(
     """With which the largest image's answer fits into `available` bytes (default: what `device` has)."""
     if manifest.backend in ENGINE_BACKENDS:  # engines reserved their activations when they were built
         return Bounds()
-    work = bundle_workload(manifest, LARGEST, device, settings=settings, context=context)
+    work = bundle_workload(manifest, largest(settings), device, settings=settings, context=context)
     return work.fitted(room(device) if available is None else available).bounds
 
 
+def is_smallest(manifest: Manifest) -> bool:
+    """Whether all is stored in as few bits as its backend has, so that no preset makes it smaller."""
+    language = manifest.quantization
+    if language is None or language.method is None:
+        return False
+    # Engines have no 8-bit head; ONNX Runtime has 8-bit vision beside float32 activations alone.
+    whole = manifest.backend not in ENGINE_BACKENDS and manifest.precision.vision == "float32"
+    return language.lm_head == "int4" and (manifest.vision_quantization is not None or not whole)
+
+
 def room(device: str) -> int | None:
-    """Bytes that an answer may take on `device`, "cpu" or "cuda"; None where that is not known."""
-    return available_memory() if device == "cpu" else free_device_memory()
+    """Bytes that an answer may take on `device`, such as "cpu" or "cuda:1"; None where that is not known."""
+    kind, number = parse_device(device)
+    return available_memory() if kind == "cpu" else free_device_memory(number)
 
 
 def shortage(
@@ -105,19 +122,31 @@ def shortage(
     context: int | None = None,
     beside: int = 0,
     available: int | None = None,
+    slicing: bool = True,
 ) -> str | None:
     """One line where an answer about a large image will not fit, with the remedy; else None.
 
-    `beside` are bytes that are reserved as well, such as those of other answers at a time.
+    `beside` are bytes that are reserved as well, such as those of other answers at a time;
+    `slicing` says whether the user may choose --max-slices.
     """
     available = room(device) if available is None else available
-    work = bundle_workload(manifest, LARGEST, device, settings=settings, context=context)
+    settings = settings or manifest.settings
+    work = bundle_workload(manifest, largest(settings), device, settings=settings, context=context)
     plan = work.fitted(available)
     if available is None or plan.peak + beside <= available:
         return None
     capacity = work.fitting_capacity(available - beside)
-    remedy = "use a bundle of a smaller --preset" if capacity is None else f"use --context {capacity}"
+    remedies = [f"use --context {capacity}"] if capacity is not None else []
+    if capacity is None:
+        over = (plan.peak + beside - available) / 1e9
+        smaller = "" if is_smallest(manifest) else " or a bundle of a smaller --preset"
+        remedies = [f"use {over:.1f} GB more{smaller}"]
+    if slicing and settings.max_slices > 1:
+        one = replace(settings, max_slices=1)
+        alone = bundle_workload(manifest, largest(one), device, settings=one, context=context)
+        if alone.fitted(available).peak + beside <= available:
+            remedies.append("--max-slices 1")
     return (
         f"memory: an answer about a large image takes {(plan.peak + beside) / 1e9:.1f} GB at its peak "
-        f"({plan.peak_stage}), {available / 1e9:.1f} GB are available; {remedy}, or --max-slices 1"
+        f"({plan.peak_stage}), {available / 1e9:.1f} GB are available; {', or '.join(remedies)}"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from PIL import Image
 
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
@@ -15,20 +16,19 @@ from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.engines.device import parse_device
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.encoder import VisionEncoder
-from uhd_export.runtime.language.decoder import KEY_VALUE, PAST
 from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.prompt import load_tokenizer
 from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.memory import available_memory
 from uhd_export.runtime.pipeline import KEEP, configured
-from uhd_export.runtime.planning.bundle import fitting_bounds
+from uhd_export.runtime.planning.bundle import bundle_weights, fitting_bounds
 from uhd_export.runtime.planning.memory import Bounds
 from uhd_export.runtime.serving.cache.rows import Rows
 from uhd_export.runtime.serving.dialogue import Message, dialogue_ids
 from uhd_export.runtime.serving.images.cutting import CutImage, ImageCutter
 from uhd_export.runtime.serving.images.encoded import EncodedImages
 from uhd_export.runtime.serving.images.worker import VisionWorker
-from uhd_export.runtime.serving.memory import plan_memory
+from uhd_export.runtime.serving.memory import MemoryPlan, plan_memory
 from uhd_export.runtime.serving.sampling.choice import Choosing
 from uhd_export.runtime.serving.sampling.grammar import Grammar, Grammars
 from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request
@@ -54,6 +54,22 @@ class ServiceOptions:
         if self.image_cache < 0:
             raise UhdError(f"image cache: {self.image_cache} is out of range; use 0 or more bytes")
 
+    def memory(self, manifest: Manifest) -> MemoryPlan:
+        """What a service of the bundle reserves."""
+        return plan_memory(
+            manifest.model,
+            np.dtype(manifest.precision.cache),
+            slots=self.slots,
+            context=self.context or manifest.settings.context,
+            encoded=self.image_cache,
+            waiting=self.limits.crop_bytes,
+        )
+
+    def beside(self, manifest: Manifest) -> int:
+        """What it reserves beside one answer, which has one slot's cache."""
+        plan = self.memory(manifest)
+        return plan.total - plan.cache // self.slots
+
 
 class Service:
     """Open one with `Service.open`; use it as a context manager or `close` it. Any thread may call it."""
@@ -72,18 +88,7 @@ class Service:
         self.manifest, self.settings, self.options = manifest, settings, options
         self._engines, self._check = engines, check
         self.context = options.context or settings.context
-        self.memory = plan_memory(
-            manifest.model,
-            language.inputs[PAST.format(0, KEY_VALUE[0])].dtype,
-            slots=options.slots,
-            context=self.context,
-            encoded=options.image_cache,
-            waiting=options.limits.crop_bytes,
-        )
-        # What a GPU has left is not known here: its engines refuse what does not fit.
-        on = getattr(language, "device", None)
-        if on is not None and on.kind == "cpu":
-            self.memory.check(available_memory())
+        self.memory = options.memory(manifest)
         self.tokenizer = load_tokenizer(folder / TOKENIZER)
         self.encoded = EncodedImages(options.image_cache)
         self._cutter = ImageCutter(manifest.model, settings, self.encoded)
@@ -134,10 +139,11 @@ class Service:
             slicing.get("resize", KEEP),
             slicing.get("template"),
         )
-        kind = parse_device(device or default_device(manifest.backend)).kind
-        bounds = fitting_bounds(
-            manifest, kind, settings, options.context
-        )  # before the weights take their share
+        place = parse_device(device or default_device(manifest.backend))
+        # Both before the weights take their share.
+        if place.kind == "cpu":  # what a GPU has left, its engines know
+            options.memory(manifest).check(_beside_weights(manifest))
+        bounds = fitting_bounds(manifest, str(place), settings, options.context)
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
             return cls(folder, manifest, settings, (vision, language), options, files.check, bounds)
@@ -224,3 +230,9 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _beside_weights(manifest: Manifest) -> int | None:
+    """Bytes that the processor's memory has beside the weights, which are yet to be loaded."""
+    available = available_memory()
+    return None if available is None else max(available - bundle_weights(manifest, "cpu").resident, 0)

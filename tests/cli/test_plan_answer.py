@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.cli.opening import PipelineOptions
 from uhd_export.runtime.bundle.manifest import read_manifest
-from uhd_export.runtime.planning.bundle import fitting_bounds, shortage
+from uhd_export.runtime.planning.bundle import bundle_workload, fitting_bounds, largest, room, shortage
 from uhd_export.runtime.profiling.rates import Rates
 
 
@@ -113,7 +114,32 @@ def test_a_warning_comes_before_anything_is_loaded(golden_bundle, monkeypatch, c
     PipelineOptions().warn(golden_bundle)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: memory: an answer about a large image takes 0.")
-    assert line.endswith("0.1 GB are available; use a bundle of a smaller --preset, or --max-slices 1")
+    assert line.endswith(" GB are available; use 0.1 GB more or a bundle of a smaller --preset")
+
+
+def test_fewer_slices_are_a_remedy_where_they_are_enough(golden_bundle):
+    manifest = read_manifest(golden_bundle)
+    one = dataclasses.replace(manifest.settings, max_slices=1)
+    alone = bundle_workload(manifest, largest(one), "cpu", settings=one).fitted(0).peak
+    assert alone < bundle_workload(manifest, largest(manifest.settings), "cpu").fitted(0).peak
+    assert shortage(manifest, "cpu", available=alone).endswith(", or --max-slices 1")
+    assert "--max-slices" not in shortage(manifest, "cpu", available=alone, slicing=False)
+    assert "--max-slices" not in shortage(manifest, "cpu", available=alone - 1)
+    assert shortage(manifest, "cpu", settings=one, available=alone) is None
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 16])
+def test_the_largest_image_takes_all_slices(golden_bundle, most):
+    manifest = read_manifest(golden_bundle)
+    settings = dataclasses.replace(manifest.settings, max_slices=most)
+    work = bundle_workload(manifest, largest(settings), "cpu", settings=settings)
+    assert len(work.slices.crop_sizes) == (most + 1 if most > 1 else 1)
+
+
+def test_each_gpu_has_its_own_memory(monkeypatch):
+    told = SimpleNamespace(stdout="1000\n2000\n")
+    monkeypatch.setattr("uhd_export.runtime.memory.subprocess.run", lambda *_, **__: told)
+    assert [room("cuda"), room("cuda:1"), room("cuda:2")] == [1000 << 20, 2000 << 20, None]
 
 
 def test_bounds_tighten_as_memory_gets_short(golden_bundle):

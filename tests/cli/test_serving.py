@@ -36,6 +36,21 @@ def test_batch_answers_a_file_and_goes_on(call, golden_bundle, questions, image_
     assert {json.loads(line)["line"] for line in output.read_text().splitlines()} == {1, 2}
 
 
+def test_what_is_served_is_warned_of_whole_and_refused_before_weights_are_loaded(
+    call, golden_bundle, questions, tmp_path, monkeypatch
+):
+    """Of the slots' caches, images and crops; 4 slots of the golden model take 64 MB and the rest 512 MiB."""
+    loaded = []
+    monkeypatch.setattr("uhd_export.runtime.serving.service.open_engines", lambda *_, **__: loaded.append(1))
+    for place in ("planning.bundle", "serving.service"):
+        monkeypatch.setattr(f"uhd_export.runtime.{place}.available_memory", lambda: 600_000_000)
+    done = call("batch", golden_bundle, questions, "-o", tmp_path / "a", "--slots", 4)
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("warning: memory: an answer about a large image takes 0.8 GB"), warning
+    assert error.startswith("error: memory: 0.60 GB are needed beside the weights"), error
+    assert "use fewer --slots" in error and not loaded
+
+
 def test_batch_refuses_in_one_line(fails, golden_bundle, questions, tmp_path):
     assert "no such file" in fails("batch", golden_bundle, tmp_path / "no.jsonl", "-o", tmp_path / "a")
     # Told before the bundle is opened, which is none here.

@@ -8,7 +8,7 @@ import pytest
 
 from uhd_export.runtime.bundle.manifest import read_manifest
 from uhd_export.runtime.image.pattern import pattern
-from uhd_export.runtime.planning.bundle import LARGEST, bundle_workload
+from uhd_export.runtime.planning.bundle import bundle_workload, largest
 
 _SCRIPT = """
 import json, sys
@@ -84,7 +84,7 @@ def test_random_images_leave_no_more_than_is_planned(tmp_path):
     command = [sys.executable, "-P", "-c", _MANY, str(bundle), "24"]
     seen = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     # Between images: what the programs and weights take, and little of the activations of the largest.
-    work = bundle_workload(manifest, LARGEST, "cpu")
+    work = bundle_workload(manifest, largest(manifest.settings), "cpu")
     assert max(seen) < 1.1 * (work.plan().peak - work.plan().vision)
     assert max(seen[12:]) < 1.1 * max(seen[:12])
 

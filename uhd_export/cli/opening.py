@@ -36,10 +36,14 @@ class PipelineOptions:
         from uhd_export.runtime.planning.bundle import shortage
 
         manifest = read_manifest(bundle)
-        kind = parse_device(self.device or default_device(manifest.backend)).kind
+        device = str(parse_device(self.device or default_device(manifest.backend)))
         resize = KEEP if self.resize is None else self.resize
         settings = configured(manifest.settings, self.grid_mode, self.max_slices, resize)
-        line = shortage(manifest, kind, settings=settings, context=self.context, beside=beside)
+        command = click.get_current_context(silent=True)
+        slicing = command is None or any(p.name == "max_slices" for p in command.command.params)
+        line = shortage(
+            manifest, device, settings=settings, context=self.context, beside=beside, slicing=slicing
+        )
         if line is not None:
             click.echo(f"warning: {line}", err=True)
 
