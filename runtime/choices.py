@@ -19,3 +19,12 @@ GROUP_SIZES = (32, 64, 128)
 """Inputs that share a scale, where weights are small integers."""
 LARGEST_SIZE, MOST_LAYERS = 1 << 24, 1000
 """No model, image or cache is larger: a greater number is damage, and work on it would not end."""
+
+
+def updates_on_gpu(cache: str, activations: str) -> bool:
+    """Whether ONNX Runtime has kernels on a GPU that keep a cache of type `cache` beside `activations`.
+
+    Integers beside float32 would be copied to the processor and back in every run: attention that reads them
+    is in float32, for which a GPU has no kernel.
+    """
+    return cache == "float16" or (cache == "int8" and activations == "float16")

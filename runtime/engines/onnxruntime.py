@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from uhd_export.runtime.choices import updates_on_gpu
 from uhd_export.runtime.engines.arena import share_arena, shrink_arena
 from uhd_export.runtime.engines.base import (
     Array,
@@ -290,8 +291,7 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
     """Refuse to share buffers that the session reads or writes elsewhere than on the engine's device.
 
     ONNX Runtime would copy such an input once, when it is bound, and update the copy: every run but the first
-    would start from what it held then, without an error. Integers beside float32 would be copied there and
-    back in every run: the attention that reads them is in float32, for which a GPU has no kernel.
+    would start from what it held then, without an error.
     """
     session, device = engine.session, engine.device
     if device.kind == "cpu":
@@ -299,10 +299,11 @@ def _check_placement(engine: OrtEngine, shared: Mapping[str, str]) -> None:
     places = dict(zip((i.name for i in session.get_inputs()), session.get_input_memory_infos(), strict=True))
     places |= zip((o.name for o in session.get_outputs()), session.get_output_memory_infos(), strict=True)
     floats = any(info.dtype == np.float32 for info in engine.inputs.values())
+    activations = "float32" if floats else "float16"
     for name in (name for pair in shared.items() for name in pair):
         place, info = places[name], (engine.inputs | engine.outputs)[name]
         there = place.name.lower() == device.kind and place.device_id == device.number
-        if there and not (info.dtype == np.int8 and floats):
+        if there and updates_on_gpu(info.dtype.name, activations):
             continue
         remedy = "use --device cpu"
         if info.dtype in (np.float32, np.int8):

@@ -13,9 +13,10 @@ from uhd_export.runtime.units import format_bytes
 def print_memory(facts: dict[str, Any], console: Console | None = None) -> None:
     """Print the facts of an answer's plan as a table and a verdict."""
     console = console or output()
-    preset = "" if facts["preset"] is None else f", {facts['preset']}"
-    title = f"an answer of {facts['model']}{preset} on {facts['device']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    build = "" if facts["build"] is None else f", as built with {facts['build']},"
+    title = f"an answer of {facts['model']}{build} on {facts['device']}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    console.print(title, style="italic", soft_wrap=True)  # longer than the table
     table.add_column("memory")
     table.add_column("", justify="right")
     for name, size in facts["bytes"].items():

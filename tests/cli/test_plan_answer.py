@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from uhd_export.checkpoint.source import EMBEDDED
 from uhd_export.cli.opening import PipelineOptions
-from uhd_export.runtime.bundle.manifest import read_manifest
+from uhd_export.runtime.bundle.manifest import part_files, read_manifest, write_manifest
+from uhd_export.runtime.choices import updates_on_gpu
+from uhd_export.runtime.image.slicing import plan_slices
 from uhd_export.runtime.planning.bundle import bundle_workload, fitting_bounds, largest, room, shortage
 from uhd_export.runtime.profiling.rates import Rates
 
@@ -105,6 +108,99 @@ def test_a_bundle_is_planned_by_its_files(call, golden_bundle):
     answer = planned(call, "--model", str(golden_bundle), "--grid", manifest.settings.grid_mode)
     assert answer["disk"] == sum(record.bytes for record in manifest.files.values())
     assert answer["preset"] is None and answer["context"] == manifest.settings.context
+
+
+@pytest.fixture
+def other_bundle(golden_bundle, tmp_path):
+    """`other_bundle(**changes)`: a folder with the golden bundle's manifest and `changes`."""
+
+    def make(**changes):
+        changed = dataclasses.replace(read_manifest(golden_bundle), **changes)
+        write_manifest(tmp_path, changed)
+        return tmp_path
+
+    return make
+
+
+def test_a_bundle_cuts_images_as_it_was_built_to(call, golden_bundle, other_bundle):
+    settings = dataclasses.replace(
+        read_manifest(golden_bundle).settings,
+        max_slices=4,
+        grid_mode="pyramid",
+        resize=500,
+        upscale_only=True,
+    )
+    folder = str(other_bundle(settings=settings))
+
+    def facts(*typed):
+        return json.loads(call("plan", "1008x672", "--json", "--model", folder, *typed).stdout)
+
+    whole = plan_slices((1008, 672), max_slices=4, resize=500, upscale_only=True)
+    assert facts()["slice_grid"] == list(whole.slice_grid) and facts()["resized_size"] == [1008, 672]
+    assert facts()["crops"][0]["keys_per_window"] != facts("--grid", "fix")["crops"][0]["keys_per_window"]
+    assert facts("--max-slices", "1")["slice_grid"] is None
+
+
+def test_a_context_over_the_models_is_refused(fails, golden_bundle):
+    most = read_manifest(golden_bundle).settings.context
+    arguments = ("plan", "1008x672", "--model")
+    line = fails(*arguments, golden_bundle, "--context", most + 1)
+    assert f"--context {most + 1}: {golden_bundle} has {most} positions" in line
+    assert "vicuna-7b has 4096 positions" in fails(*arguments, "vicuna-7b", "--context", 5000)
+
+
+def test_weights_in_4_bits_are_planned_as_build_writes_them(call, tmp_path):
+    folder = tmp_path / "gptq"
+    shutil.copytree(EMBEDDED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    dense = planned(call, "--model", "nano")
+    for source in (folder, folder / "config.json"):
+        packed = planned(call, "--model", source)
+        assert packed["preset"] is None and "calibration" not in packed
+        assert packed["bytes"]["language weights"] < dense["bytes"]["language weights"] / 3
+        assert packed["bytes"]["vision weights"] == dense["bytes"]["vision weights"]
+    assert "calibration" not in planned(call, "--model", folder, "--preset", "small")
+
+
+def test_what_is_built_for_a_gpu_is_said_with_its_options(call, fails, golden_bundle, other_bundle):
+    small = ("--model", "vicuna-7b", "--preset", "small", "--device", "rtx-4090")
+    assert planned(call, *small)["build"] == "--preset small --dtype float16 --cache float16"
+    assert "as built with --preset small --dtype float16" in call("plan", "1008x672", *small).stdout
+    short = planned(call, "--model", "vicuna-7b", "--device", "rtx-4090", "--memory", "8GB")
+    assert "--preset balanced --dtype float16 --cache float16" in short["remedies"]
+    line = fails("plan", "1008x672", "--model", golden_bundle, "--device", "rtx-4090")
+    assert "no kernel for its float32 cache" in line and "--dtype float16 --cache float16" in line
+    engines = other_bundle(backend="tensorrt", files=with_engines(read_manifest(golden_bundle)))
+    assert "is for tensorrt; give --device" in fails("plan", "1008x672", "--model", engines)
+
+
+def with_engines(manifest):
+    """Its files, and those of TensorRT's parts."""
+    record = manifest.files[part_files("onnxruntime")[0]]
+    return {**manifest.files, **dict.fromkeys(part_files("tensorrt"), record)}
+
+
+@pytest.mark.parametrize(
+    "cache, activations, runs",
+    [
+        ("float16", "float32", True),
+        ("int8", "float16", True),
+        ("int8", "float32", False),
+        ("float32", "float32", False),
+    ],
+)
+def test_caches_that_a_gpu_updates(cache, activations, runs):
+    assert updates_on_gpu(cache, activations) is runs
+
+
+def test_remedies_say_something_that_helps(call, golden_bundle):
+    model = ("--model", "vicuna-7b", "--preset", "small")
+    whole = planned(call, *model, "--memory", "64GB")
+    chunk = planned(call, *model, "--prefill-chunk", "5000", "--memory", f"{whole['peak'] + 1}B")
+    assert not chunk["fits"] and chunk["remedies"][0] == "no --prefill-chunk"
+    bundle = planned(call, "--model", golden_bundle, "--memory", "50MB")
+    assert bundle["remedies"] == ["0.1 GB more", "a bundle of a smaller --preset"]
 
 
 def test_a_warning_comes_before_anything_is_loaded(golden_bundle, monkeypatch, capsys):

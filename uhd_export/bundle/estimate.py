@@ -2,37 +2,39 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.presets import PRESETS, adapted
 from uhd_export.bundle.size import BundleSize, bundle_size
-from uhd_export.checkpoint.config import parse_config, read_config
-from uhd_export.checkpoint.fields import read_json
+from uhd_export.bundle.subject import Subject
 from uhd_export.checkpoint.options import ImageOptions
-from uhd_export.checkpoint.source import EMBEDDED, NANO, locate
-from uhd_export.checkpoint.vision_tower import recorded_tower
-from uhd_export.runtime.bundle.manifest import MANIFEST, Manifest, read_manifest
-from uhd_export.runtime.config import OFFICIAL, ModelConfig, official
+from uhd_export.graph.int4.options import WeightOptions
+from uhd_export.runtime.bundle.manifest import Manifest
+from uhd_export.runtime.config import ModelConfig
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.slicing import SlicePlan
-from uhd_export.runtime.planning.bundle import bundle_layout, bundle_weights
+from uhd_export.runtime.planning.bundle import bundle_layout, bundle_weights, is_smallest
 from uhd_export.runtime.planning.memory import MemoryPlan, Workload, visual_positions
 from uhd_export.runtime.profiling.devices import Device
 from uhd_export.runtime.profiling.predict import Speed, predict_seconds
 from uhd_export.runtime.profiling.rates import Rates
 
 FIRST_PRESET = "exact"
+THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """An answer's memory and time, and what it is about; `remedies` are empty where it fits."""
+    """An answer's memory and time, and what it is about; `remedies` are empty where it fits.
+
+    `build` are the options of `build` that it stands for.
+    """
 
     name: str
     model: ModelConfig
     preset: str | None
+    build: str | None
     device: str
     memory: MemoryPlan
     disk: int
@@ -48,6 +50,7 @@ class AnswerPlan:
         return {
             "model": self.name,
             "preset": self.preset,
+            "build": self.build,
             "device": self.device,
             "positions": plan.positions,
             "context": plan.capacity,
@@ -96,26 +99,40 @@ class Question:
         return "cuda" if isinstance(self.source, Device) else "cpu"
 
 
-def plan_model(name: str, question: Question, preset: str | None) -> AnswerPlan:
-    """Of the model called `name`: an official one's, a config's, or a bundle. Raises UhdError."""
-    if (Path(name) / MANIFEST).is_file():
+def plan_model(subject: Subject, question: Question, preset: str | None) -> AnswerPlan:
+    """Of `subject`, built with `preset` where it is not yet. Raises UhdError."""
+    device = question.source.name if isinstance(question.source, Device) else None
+    subject.check(device, question.context)
+    if subject.manifest is not None:
         if preset is not None:
-            raise UhdError(f"--preset {preset}: {name} is a bundle, which is built already; leave it out")
-        return _of_bundle(name, read_manifest(name), question)
-    model, layout = _sizes(name)
-    preset = preset or FIRST_PRESET
+            raise UhdError(
+                f"--preset {preset}: {subject.name} is a bundle, which is built already; leave it out"
+            )
+        return _of_bundle(subject, subject.manifest, question)
+    model = subject.model
+    if preset is None and not subject.quantized:
+        preset = FIRST_PRESET
     size = bundle_size(model, _options(preset, question), question.device)
-    work = _workload(model, size, layout, question)
+    work = _workload(model, size, subject.layout, question)
     plan, fits = _plan(work, question)
-    remedies = [] if fits else [*_remedies(work, question), *_presets(model, layout, preset, question)]
-    label = question.source.name if isinstance(question.source, Device) else "this machine"
+    remedies = [] if fits else [*_remedies(work, question), *_presets(subject, preset, question)]
     seconds, how = _seconds(work, question, size.integer_vision, size.integer_language)
     return AnswerPlan(
-        name, model, preset, label, plan, size.disk, question.memory, tuple(remedies), seconds, how
+        subject.name,
+        model,
+        preset,
+        _flags(preset, question.device),
+        device or THIS_MACHINE,
+        plan,
+        size.disk,
+        question.memory,
+        tuple(remedies),
+        seconds,
+        how,
     )
 
 
-def _of_bundle(name: str, manifest: Manifest, question: Question) -> AnswerPlan:
+def _of_bundle(subject: Subject, manifest: Manifest, question: Question) -> AnswerPlan:
     device, settings = question.device, manifest.settings
     layout = replace(bundle_layout(manifest, device), grid_mode=question.images.grid_mode)
     capacity = question.context or settings.context
@@ -125,38 +142,52 @@ def _of_bundle(name: str, manifest: Manifest, question: Question) -> AnswerPlan:
         manifest.model, bundle_weights(manifest, device), layout, question.slices, positions, capacity
     )
     plan, fits = _plan(work, question)
-    label = question.source.name if isinstance(question.source, Device) else "this machine"
+    label = question.source.name if isinstance(question.source, Device) else THIS_MACHINE
     packed = manifest.quantization is not None and manifest.quantization.method is not None
     seconds, how = _seconds(work, question, manifest.vision_quantization is not None, packed)
     disk = sum(record.bytes for record in manifest.files.values())
-    remedies = () if fits else tuple(_remedies(work, question)) or ("a bundle of --preset small",)
-    return AnswerPlan(name, manifest.model, None, label, plan, disk, question.memory, remedies, seconds, how)
+    remedies = () if fits else tuple(_remedies(work, question))
+    if not fits and not remedies and question.memory is not None:
+        smaller = () if is_smallest(manifest) else ("a bundle of a smaller --preset",)
+        over = work.fitted(question.memory).peak - question.memory
+        remedies = (f"{over / 1e9:.1f} GB more", *smaller)
+    return AnswerPlan(
+        subject.name,
+        manifest.model,
+        None,
+        None,
+        label,
+        plan,
+        disk,
+        question.memory,
+        remedies,
+        seconds,
+        how,
+    )
 
 
-def _sizes(name: str) -> tuple[ModelConfig, str]:
-    """The sizes of a model, and the layout of its tokens."""
-    known = {official_name.lower(): official_name for official_name in OFFICIAL}
-    if name.lower() in known:
-        return official(known[name.lower()]), "flat"
-    path = Path(name)
-    if path.is_file():
-        raw = read_json(path)
-        config = parse_config(raw, recorded_tower(path.parent, raw))
-    elif path.exists() or "/" in name or name == NANO:
-        # Sizes are in its files of JSON: a checkpoint on the hub is not downloaded for them.
-        config = read_config(EMBEDDED if name == NANO else locate(name, weights=False))
-    else:
-        raise UhdError(f"--model {name!r}: give {', '.join(known)}, a config.json or its folder, or a bundle")
-    return config.model, config.layout
+def _options(preset: str | None, question: Question) -> BuildOptions:
+    """A build for ONNX Runtime, in float16 on a GPU, where a float32 cache has no kernel.
 
-
-def _options(preset: str, question: Question) -> BuildOptions:
-    """A build for ONNX Runtime, in float16 on a GPU, where a float32 cache has no kernel."""
-    if question.device == "cpu":
+    Without `preset`, as `build` writes weights that are in 4 bits already.
+    """
+    dtype = None if question.device == "cpu" else "float16"
+    if preset is None:
+        return BuildOptions(weights=WeightOptions(weights="int4"), images=question.images, dtype=dtype)
+    if dtype is None:
         return replace(adapted(preset, "onnxruntime")[0].options(), images=question.images)
-    chosen = adapted(preset, "onnxruntime", "float16")[0]
-    options = replace(chosen, dtype="float16").options()
-    return replace(options, images=question.images, cache=None)
+    chosen = adapted(preset, "onnxruntime", dtype)[0]
+    return replace(replace(chosen, dtype=dtype, cache=None).options(), images=question.images)
+
+
+def _flags(preset: str | None, device: str) -> str | None:
+    """The options of `build` that `_options` stand for; None is none."""
+    flags = [] if preset is None else [f"--preset {preset}"]
+    if device != "cpu":
+        flags.append("--dtype float16")
+        if preset is not None and PRESETS[preset].cache is not None:
+            flags.append("--cache float16")
+    return " ".join(flags) or None
 
 
 def _workload(model: ModelConfig, size: BundleSize, layout: str, question: Question) -> Workload:
@@ -183,30 +214,33 @@ def _remedies(work: Workload, question: Question) -> Iterator[str]:
         return
     fitted = work.fitted(question.memory)
     if fitted.fits(question.memory):
-        changes = []
+        changes, own = [], question.chunk is None
         if fitted.bounds.chunk != work.layout.bounds.chunk:
             changes.append(f"--prefill-chunk {fitted.bounds.chunk}")
+        elif not own:
+            changes.append("no --prefill-chunk")
         if fitted.bounds.rows != work.layout.bounds.rows:
             changes.append("one crop at a time")
-        yield " and ".join(changes) + ", which run and serve do by themselves"
+        if changes:
+            yield " and ".join(changes) + (", which run and serve do by themselves" if own else "")
     capacity = work.fitting_capacity(question.memory)
     if capacity is not None:
         yield f"--context {capacity}"
 
 
-def _presets(model: ModelConfig, layout: str, preset: str, question: Question) -> Iterator[str]:
+def _presets(subject: Subject, preset: str | None, question: Question) -> Iterator[str]:
     """The first smaller preset that fits; where none does, how much the smallest is over."""
-    names = list(PRESETS)
-    smaller = names[names.index(preset) + 1 :] or [preset]
+    model, names = subject.model, list(PRESETS)
+    smaller = names[names.index(preset or FIRST_PRESET) + 1 :] or names[-1:]
     for name in smaller:
         size = bundle_size(model, _options(name, question), question.device)
-        work = _workload(model, size, layout, question)
+        work = _workload(model, size, subject.layout, question)
         least = work.fitted(question.memory)
         if least.fits(question.memory):
             chunk = least.bounds.chunk
             shorter = "" if chunk == work.layout.bounds.chunk else f" with --prefill-chunk {chunk}"
             if name != preset:
-                yield f"--preset {name}{shorter}"
+                yield f"{_flags(name, question.device)}{shorter}"
             return
     if question.memory is not None:
         over = least.peak - question.memory

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from uhd_export.bundle.presets import PRESETS
 from uhd_export.checkpoint.options import ImageOptions
@@ -12,6 +13,7 @@ from uhd_export.cli.options import COUNT, json_option, slicing_options
 from uhd_export.runtime.errors import UhdError
 
 if TYPE_CHECKING:
+    from uhd_export.bundle.subject import Subject
     from uhd_export.runtime.image.slicing import SlicePlan
 
 ANSWER = "An answer's memory and time"
@@ -85,19 +87,35 @@ def plan(source: str, images: ImageOptions, answer: AnswerOptions, as_json: bool
         raise UhdError(f"--{given.replace('chunk', 'prefill-chunk')}: is of an answer; give --model too")
     with status("opening the image"):
         size = source_size(source)
-    slices = plan_slices(size, max_slices=images.max_slices, resize=images.resize)
+    if answer.model is None:
+        slices = plan_slices(size, max_slices=images.max_slices, resize=images.resize)
+        subject = None
+    else:
+        from uhd_export.bundle.subject import find_subject
+
+        subject = find_subject(answer.model)
+        images = subject.images(images, _typed())
+        slices = subject.cut(size, images)
     facts = report.describe_plan(slices, grid_mode=images.grid_mode)
-    if answer.model is not None:
-        facts["answer"] = _answer(slices, images, answer)
+    if subject is not None:
+        facts["answer"] = _answer(subject, slices, images, answer)
     if as_json:
         report.print_json(facts)
         return
     report.print_plan(facts)
-    if answer.model is not None:
+    if subject is not None:
         print_memory(facts["answer"])
 
 
-def _answer(slices: "SlicePlan", images: ImageOptions, options: AnswerOptions) -> dict[str, Any]:
+def _typed() -> set[str]:
+    """Names of the parameters that were typed."""
+    context = click.get_current_context()
+    return {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
+
+
+def _answer(
+    subject: "Subject", slices: "SlicePlan", images: ImageOptions, options: AnswerOptions
+) -> dict[str, Any]:
     """What an answer takes, ready for JSON."""
     from uhd_export.bundle.estimate import Question, plan_model
     from uhd_export.calibration.estimate import estimate_memory
@@ -107,8 +125,8 @@ def _answer(slices: "SlicePlan", images: ImageOptions, options: AnswerOptions) -
     from uhd_export.runtime.profiling.rates import Rates, measure_rates
     from uhd_export.runtime.progress import status
 
-    assert options.model is not None
     source: Device | Rates | None
+    subject.check(options.device, options.context)
     if options.device is None:
         with status("measuring this machine"):
             source = measure_rates("onnxruntime", "cpu", None)
@@ -117,8 +135,9 @@ def _answer(slices: "SlicePlan", images: ImageOptions, options: AnswerOptions) -
         source = known_device(options.device)
         memory = options.memory or (None if source.memory is None else int(source.memory))
     question = Question(slices, images, source, memory, options.context, options.chunk)
-    plan = plan_model(options.model, question, options.preset)
+    plan = plan_model(subject, question, options.preset)
     facts = plan.facts()
-    if plan.preset is not None and PRESETS[plan.preset].weights == "int4":
+    # Weights that are in 4 bits already are not calibrated.
+    if plan.preset is not None and not subject.quantized and PRESETS[plan.preset].weights == "int4":
         facts["calibration"] = estimate_memory(plan.model, CalibrationOptions(), 0).total
     return facts
