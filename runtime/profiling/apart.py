@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,7 +65,7 @@ def fits_apart(device: str) -> bool:
 
 
 def cold_start(bundle: str, size: Size, new_tokens: int, **opening: Any) -> ColdStart | None:
-    """One answer of a fresh process; None where it could not run. `opening` is as in `Pipeline.open`."""
+    """One answer of a fresh process; None where it could not run. `opening` is as in `open_chunked`."""
     done = run_apart(answer_cold, bundle=bundle, size=size, new_tokens=new_tokens, **opening)
     if done is None:
         return None
@@ -79,11 +80,19 @@ def sweep(bundle: str, sizes: Sequence[Size], new_tokens: int, **opening: Any) -
     return tuple(read(SweepPoint, point, "sweep") for point in done.result)
 
 
+def open_chunked(bundle: str | Path, *, chunk: int | None = None, **opening: Any) -> Pipeline:
+    """As `Pipeline.open`, and prompts run `chunk` positions at a time (None: as many as suit it)."""
+    pipeline = Pipeline.open(bundle, **opening)
+    if chunk is not None:
+        pipeline.generator.prefix.chunk = chunk
+    return pipeline
+
+
 def answer_cold(bundle: str, size: Size, new_tokens: int, **opening: Any) -> dict[str, Any]:
     """See `cold_start`; what it returns is ready for JSON."""
     with _Memory() as memory:
         start = time.perf_counter()
-        with Pipeline.open(bundle, **opening) as pipeline:
+        with open_chunked(bundle, **opening) as pipeline:
             opened = time.perf_counter()
             mode = pipeline.settings.grid_mode
             (sequence,) = question_sequences(pipeline, size, [mode], new_tokens).values()
@@ -109,7 +118,7 @@ def answer_sizes(
 ) -> list[dict[str, Any]]:
     """See `sweep`; what it returns is ready for JSON."""
     points = []
-    with Pipeline.open(bundle, **opening) as pipeline:
+    with open_chunked(bundle, **opening) as pipeline:
         mode, context = pipeline.settings.grid_mode, pipeline.generator.decoder.context
         for width, height in sizes:
             (sequence,) = question_sequences(pipeline, (width, height), [mode], 0).values()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.pipeline import Pipeline
+from uhd_export.runtime.profiling.apart import open_chunked
 from uhd_export.runtime.profiling.facts import read_profile
 from uhd_export.runtime.profiling.profiler import ProfileOptions
 from uhd_export.runtime.profiling.runs import FIRST_TOKEN, question_sequences, run_once
@@ -91,7 +91,15 @@ def _run_in_turns(
     """Samples by grid mode: each turn runs A and B, and the next one B and A."""
     with ExitStack() as stack:
         pipelines = [
-            stack.enter_context(Pipeline.open(path, device=options.device, threads=options.threads))
+            stack.enter_context(
+                open_chunked(
+                    path,
+                    chunk=options.chunk,
+                    device=options.device,
+                    threads=options.threads,
+                    context=options.context,
+                )
+            )
             for path in bundles
         ]
         found: dict[str, tuple[Samples, Samples]] = {}

@@ -37,7 +37,8 @@ class ProfileOptions:
     """What to measure: `repeats` runs of each of `grid_modes`, `tokens` decoded in each.
 
     `device` and `threads` are those that the pipeline was opened with; traces and cold starts open the bundle
-    again. `sweep` measures images of several sizes as well.
+    again. `sweep` measures images of several sizes as well. `context` and `chunk`, positions of the cache
+    and of a prompt's run, are of pipelines that a comparison opens; others have their own.
     """
 
     size: Size
@@ -47,6 +48,8 @@ class ProfileOptions:
     device: str | None = None
     threads: int | None = None
     sweep: bool = False
+    context: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         """Raise UhdError where nothing would be measured."""
@@ -236,12 +239,13 @@ def _warm_up(pipeline: Pipeline, sequence: PromptSequence, options: ProfileOptio
 
 
 def _opening(pipeline: Pipeline, options: ProfileOptions, device: str) -> dict[str, Any]:
-    """How another process opens the same pipeline; see `Pipeline.open`."""
+    """How another process opens the same pipeline; see `open_chunked`."""
     settings = pipeline.settings
     return {
         "device": device,
         "threads": options.threads,
         "context": pipeline.generator.decoder.context,
+        "chunk": pipeline.generator.prefix.chunk,
         "grid_mode": settings.grid_mode,
         "max_slices": settings.max_slices,
         "resize": settings.resize,

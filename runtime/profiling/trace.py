@@ -47,6 +47,7 @@ def write_trace(pipeline: Pipeline, options: ProfileOptions, path: Path) -> None
             pipeline.folder, manifest, engines["vision"], engines["language"], context=context
         ) as traced:
             traced.settings = pipeline.settings
+            traced.generator.prefix.chunk = pipeline.generator.prefix.chunk
             (sequence,) = question_sequences(traced, options.size, [mode], options.tokens).values()
             runs = [run_once(traced, sequence, options.tokens) for _ in range(2)]
             noted = {

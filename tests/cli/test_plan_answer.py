@@ -213,6 +213,15 @@ def test_a_warning_comes_before_anything_is_loaded(golden_bundle, monkeypatch, c
     assert line.endswith(" GB are available; use 0.1 GB more or a bundle of a smaller --preset")
 
 
+def test_a_comparison_warns_of_each_bundle(call, golden_bundle, monkeypatch):
+    monkeypatch.setattr("uhd_export.runtime.planning.bundle.available_memory", lambda: 170_000_000)
+    short = ("--repeats", 1, "--tokens", 1, "--size", "200x200", "--grid", "fix", "--threads", 1)
+    done = call("profile", "--compare", golden_bundle, golden_bundle, *short)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: memory: ")]
+    assert done.exit_code == 0 and len(warnings) == 2, done.stderr
+    assert "--max-slices" not in done.stderr  # which profile has not
+
+
 def test_fewer_slices_are_a_remedy_where_they_are_enough(golden_bundle):
     manifest = read_manifest(golden_bundle)
     one = dataclasses.replace(manifest.settings, max_slices=1)

@@ -165,6 +165,8 @@ def _options(measurement: Measurement, opening: PipelineOptions, *, sweep: bool 
         opening.device,
         opening.threads,
         sweep,
+        opening.context,
+        opening.prefill_chunk,
     )
 
 
@@ -181,6 +183,9 @@ def _compare(
     from uhd_export.runtime.terminal.profile_report import print_comparison
     from uhd_export.runtime.terminal.report import print_json
 
+    for path in pair:
+        if path.is_dir():
+            opening.warn(path)
     with progress_bar("compare") as bar:
         comparison = compare(*pair, _options(measurement, opening), bar.set)
     if as_json:

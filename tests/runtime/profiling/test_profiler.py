@@ -15,6 +15,8 @@ from uhd_export.runtime import memory
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.memory import available_memory, peak_memory, run_apart
+from uhd_export.runtime.profiling.apart import open_chunked
+from uhd_export.runtime.profiling.compare import compare
 from uhd_export.runtime.profiling.costs import keys_per_window
 from uhd_export.runtime.profiling.facts import describe_profile
 from uhd_export.runtime.profiling.paper import PAPER
@@ -24,8 +26,10 @@ from uhd_export.runtime.profiling.profiler import (
     StageProfile,
     profile_pipeline,
 )
+from uhd_export.runtime.profiling.runs import run_once
 from uhd_export.runtime.profiling.spread import Spread
 from uhd_export.runtime.profiling.stages import stage_shares, vision_shares
+from uhd_export.runtime.profiling.trace import write_trace
 from uhd_export.runtime.terminal.profile_report import print_profile
 
 PARTS = ["vit", "jbu", "hiwin"]
@@ -114,6 +118,33 @@ def test_backends_without_traces_show_the_vision_graph_whole(pipeline, monkeypat
     assert list(profile.modes[0].stages) == ["pixels", "vision", "prefill", "decode"]
     assert not profile.vision_split
     assert "separate session" not in printed(profile)
+
+
+def test_a_comparison_and_what_runs_apart_keep_context_and_chunk(
+    pipeline, golden_bundle, monkeypatch, tmp_path
+):
+    opened, cold = [], []
+
+    def run(pipeline, *rest):
+        opened.append((pipeline.generator.decoder.context, pipeline.generator.prefix.chunk))
+        return run_once(pipeline, *rest)
+
+    monkeypatch.setattr("uhd_export.runtime.profiling.compare.run_once", run)
+    options = ProfileOptions((200, 200), ("fix",), 1, 1, context=1000, chunk=100)
+    compare(golden_bundle, golden_bundle, options)
+    assert set(opened) == {(1000, 100)}
+    monkeypatch.setattr(
+        "uhd_export.runtime.profiling.profiler.cold_start", lambda *_, **opening: cold.append(opening)
+    )
+    monkeypatch.setattr(pipeline.generator.prefix, "chunk", 77)
+    opened.clear()
+    monkeypatch.setattr("uhd_export.runtime.profiling.trace.run_once", run)
+    write_trace(pipeline, options, tmp_path / "trace.json")
+    assert set(opened) == {(4096, 77)}
+    profiled(pipeline)
+    assert cold[0]["chunk"] == 77
+    with open_chunked(golden_bundle, chunk=77) as other:
+        assert other.generator.prefix.chunk == 77
 
 
 def test_bad_requests(pipeline, golden_bundle):
