@@ -55,15 +55,21 @@ class ServiceOptions:
             raise UhdError(f"image cache: {self.image_cache} is out of range; use 0 or more bytes")
 
     def memory(self, manifest: Manifest) -> MemoryPlan:
-        """What a service of the bundle reserves."""
+        """What a service of the bundle reserves; a larger context than the bundle's is refused elsewhere."""
+        most = manifest.settings.context
         return plan_memory(
             manifest.model,
             np.dtype(manifest.precision.cache),
             slots=self.slots,
-            context=self.context or manifest.settings.context,
+            context=min(self.context or most, most),
             encoded=self.image_cache,
             waiting=self.limits.crop_bytes,
         )
+
+    def check(self, manifest: Manifest, kind: str) -> None:
+        """Raise UhdError where a processor cannot hold it; what a GPU has left, its engines know."""
+        if kind == "cpu":
+            self.memory(manifest).check(_beside_weights(manifest))
 
     def beside(self, manifest: Manifest) -> int:
         """What it reserves beside one answer, which has one slot's cache."""
@@ -141,8 +147,7 @@ class Service:
         )
         place = parse_device(device or default_device(manifest.backend))
         # Both before the weights take their share.
-        if place.kind == "cpu":  # what a GPU has left, its engines know
-            options.memory(manifest).check(_beside_weights(manifest))
+        options.check(manifest, place.kind)
         bounds = fitting_bounds(manifest, str(place), settings, options.context)
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:

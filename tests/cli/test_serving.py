@@ -43,12 +43,13 @@ def test_what_is_served_is_warned_of_whole_and_refused_before_weights_are_loaded
     loaded = []
     monkeypatch.setattr("uhd_export.runtime.serving.service.open_engines", lambda *_, **__: loaded.append(1))
     for place in ("planning.bundle", "serving.service"):
-        monkeypatch.setattr(f"uhd_export.runtime.{place}.available_memory", lambda: 600_000_000)
-    done = call("batch", golden_bundle, questions, "-o", tmp_path / "a", "--slots", 4)
-    warning, error = done.stderr.splitlines()
-    assert warning.startswith("warning: memory: an answer about a large image takes 0.8 GB"), warning
+        monkeypatch.setattr(f"uhd_export.runtime.{place}.available_memory", lambda: 625_000_000)
+    arguments = ("batch", golden_bundle, questions, "-o", tmp_path / "a", "--slots")
+    (error,) = call(*arguments, 4).stderr.splitlines()
     assert error.startswith("error: memory: 0.60 GB are needed beside the weights"), error
     assert "use fewer --slots" in error and not loaded
+    warning = call(*arguments, 1).stderr.splitlines()[0]
+    assert warning.startswith("warning: memory: an answer about a large image takes 0.7 GB"), warning
 
 
 def test_batch_refuses_in_one_line(fails, golden_bundle, questions, tmp_path):

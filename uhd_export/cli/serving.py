@@ -35,13 +35,17 @@ class SlotOptions:
     def open(self, bundle: Path, opening: "PipelineOptions") -> "Service":
         """A service of `bundle`."""
         from uhd_export.runtime.bundle.manifest import read_manifest
+        from uhd_export.runtime.engines.backends import default_device
+        from uhd_export.runtime.engines.device import parse_device
         from uhd_export.runtime.progress import status
         from uhd_export.runtime.serving.scheduling.scheduler import Limits
         from uhd_export.runtime.serving.service import Service, ServiceOptions
 
         limits = Limits(waiting=self.waiting or 2 * self.slots, lone_chunk=opening.prefill_chunk)
         options = ServiceOptions(self.slots, opening.context, self.image_cache << 20, limits)
-        opening.warn(bundle, beside=options.beside(read_manifest(bundle)))
+        manifest = read_manifest(bundle)
+        options.check(manifest, parse_device(opening.device or default_device(manifest.backend)).kind)
+        opening.warn(bundle, beside=options.beside(manifest))
         with status("opening the bundle"):
             return Service.open(
                 bundle, options, device=opening.device, threads=opening.threads, slicing=self.slicing(opening)
