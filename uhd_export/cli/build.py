@@ -111,7 +111,7 @@ def build(
     options = replace(options, questions=_questions(source, calibration))
 
     def tell(cost: Cost) -> None:
-        for line in cost_lines(cost, options, calibration.samples, _gptq_folder(output)):
+        for line in cost_lines(cost, options, calibration.samples, str(_gptq_folder(output))):
             click.echo(line, err=True)
 
     with overall_bar("build"):
