@@ -89,3 +89,17 @@ def test_a_preset_keeps_nanos_answers(call, tmp_path, name):
     assert (manifest["vision_quantization"] is not None) == (expected.vision_weights == "int8")
     result = json.loads(call("eval", tmp_path / "out", "--count", 20, "--json").stdout)
     assert result["exact"] >= 19
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_only_what_gptq_is_yet_to_make_counts(made_before, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise UhdError("far enough")
+
+    monkeypatch.setattr("uhd_export.cli.build.quantize_into", stop)
+    if made_before:
+        (tmp_path / "out-gptq").mkdir()
+    arguments = ["build", "nano", "-o", str(tmp_path / "out"), "--weights", "int4", "--no-verify"]
+    said = CliRunner().invoke(main, arguments).stderr
+    assert "far enough" in said and "of disk" in said
+    assert ("kept as" in said) != made_before

@@ -1,12 +1,13 @@
 """What a build takes, before it starts: bytes by part, disk, time, and what its preset lost when measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.bundle.presets import PRESETS, Preset, measured
-from uhd_export.bundle.stages import ASKING, PARITY, Sizes, build_units, expected_seconds, gptq_units
+from uhd_export.bundle.size import vision_bytes
+from uhd_export.bundle.stages import ASKING, PARITY, Sizes, build_units, expected_seconds
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import head_group, linear_shapes
 from uhd_export.graph.int4.options import HEADS
@@ -63,15 +64,14 @@ def estimate_cost(
     weights, head = sizes.language, sizes.head
     group = 1 if quantization is None else quantization.group
     bits = HEADS[quantization.lm_head] if quantization is not None else None
-    products, rest = _vision_weights(config)
-    vision = item * (products + rest)
+    vision = vision_bytes(config.model, replace(options, vision_weights="dense"))
     int8 = options.vision_weights == "int8"
     tables = language.context * language.head_size * item
     parts = {
         "weights": tables + (weights * item if method is None else _rounded(weights, 4, group, item)),
         "head": head * item if bits is None else _rounded(head, bits, head_group(language), item),
         "embeddings": head * (item if method is None else _STORED),
-        "vision": products + item * rest if int8 else vision,
+        "vision": vision_bytes(config.model, options),
     }
     kept = _STORED * (head * (1 if language.tied else 2) + vision // item)
     checkpoint = kept + _rounded(weights, 4, group, _STORED) if quantizing else 0
@@ -95,13 +95,14 @@ def model_sizes(config: CheckpointConfig) -> Sizes:
     """Of its parts, in numbers."""
     language = config.language
     weights = sum(n * k for n, k in linear_shapes(language).values())
-    return Sizes(sum(_vision_weights(config)), weights, language.vocab * language.hidden)
+    vision = vision_bytes(config.model, BuildOptions()) // np.dtype(BuildOptions().precision).itemsize
+    return Sizes(vision, weights, language.vocab * language.hidden)
 
 
-def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str) -> list[str]:
+def cost_lines(cost: Cost, options: BuildOptions, gptq_seconds: float, gptq_folder: str) -> list[str]:
     """For people: sizes by part, disk and time, and what was measured of a preset that chooses the same.
 
-    What is yet to be quantized is calibrated on `samples` images and questions.
+    What is yet to be quantized takes `gptq_seconds`, and stays in `gptq_folder`.
     """
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in cost.parts.items())
     lines = [f"about {format_bytes(cost.bundle)}: {parts}"]
@@ -109,8 +110,7 @@ def cost_lines(cost: Cost, options: BuildOptions, samples: int, gptq_folder: str
     beside = f", {format_bytes(cost.checkpoint)} of it kept as {gptq_folder}" if cost.checkpoint else ""
     seconds = sum(cost.seconds.values())
     if cost.checkpoint:
-        units = gptq_units(cost.sizes, images=samples, samples=samples)
-        seconds += sum(expected_seconds(units).values())
+        seconds += gptq_seconds
     machine = measured()["rates"]["machine"]
     takes = f"; takes about {_duration(seconds)} on a {machine}" if seconds >= _WORTH_SAYING else ""
     lines.append(f"needs {format_bytes(disk)} of disk{beside}{takes}")
@@ -130,16 +130,6 @@ def loss_line(options: BuildOptions) -> str:
         f"{found} on the embedded model: {own['exact']} of {own['questions']} answers exact, "
         f"{exact['exact']} in float32"
     )
-
-
-def _vision_weights(config: CheckpointConfig) -> tuple[int, int]:
-    """Numbers in the folded vision part's products that can be int8, and in the rest of what counts."""
-    tower, projector = config.vision, config.projector
-    sets, levels, square = 4 if projector.kind == "hiwin" else 1, len(projector.levels), projector.hidden**2
-    layers = tower.layers * (4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate)
-    products = layers + levels * tower.hidden * projector.hidden + (sets + 2) * square
-    positions = (sets + levels) * projector.side**2 * projector.hidden
-    return products, 3 * square + positions + (tower.image_size // tower.patch) ** 2 * tower.hidden
 
 
 def _rounded(count: int, bits: int, group: int, item: int) -> int:

@@ -38,7 +38,7 @@ def bundle_size(model: ModelConfig, options: BuildOptions, device: str) -> Bundl
         head = "int8" if four_bits and options.engines is None else "dense"
     vision8 = options.vision_weights == "int8"
     stored = Weights(
-        vision=_vision(model, options, item),
+        vision=vision_bytes(model, options),
         language=_linears(language, item, four_bits),
         head=_head(language, item, HEADS[head]),
         embeddings=language.vocab * language.hidden * (2 if four_bits else item),
@@ -63,7 +63,9 @@ def bundle_size(model: ModelConfig, options: BuildOptions, device: str) -> Bundl
     return BundleSize(stored, resident, layout, disk, vision8, four_bits)
 
 
-def _vision(model: ModelConfig, options: BuildOptions, item: int) -> int:
+def vision_bytes(model: ModelConfig, options: BuildOptions) -> int:
+    """Of the vision part's weights as they are stored."""
+    item = np.dtype(options.precision).itemsize
     folded = options.fold and model.projector.kind == "hiwin"
     parts = vit(_GRID, model.vision, folded=True) | jbu(_GRID, model.projector, folded=folded)
     heads = projector(_GRID, model.projector, folded=folded)

@@ -99,6 +99,7 @@ def build(
     with status("loading PyTorch"):  # which takes seconds
         from uhd_export.bundle.build import build_bundle
         from uhd_export.bundle.cost import Cost, cost_lines
+        from uhd_export.bundle.stages import expected_seconds, gptq_units
         from uhd_export.calibration.data import calibration_pairs
         from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
         from uhd_export.runtime.units import format_bytes
@@ -111,7 +112,12 @@ def build(
     options = replace(options, questions=_questions(source, calibration))
 
     def tell(cost: Cost) -> None:
-        for line in cost_lines(cost, options, calibration.samples, str(_gptq_folder(output))):
+        folder = _gptq_folder(output)
+        if folder.exists():  # and is taken as it is, or refused
+            cost = replace(cost, checkpoint=0)
+        asked = _gptq_questions(source, calibration) or 0
+        units = gptq_units(cost.sizes, images=calibration.pairs, samples=calibration.samples, questions=asked)
+        for line in cost_lines(cost, options, sum(expected_seconds(units).values()), str(folder)):
             click.echo(line, err=True)
 
     with overall_bar("build"):
@@ -161,8 +167,7 @@ def _quantizer(
     if is_quantized(found):
         refuse_given(unused, f"checkpoint {source} is quantized already; leave it out")
         return None
-    if calibration.questions is None and source == NANO:
-        calibration = replace(calibration, questions=_QUESTIONS)
+    calibration = replace(calibration, questions=_gptq_questions(source, calibration))
     gptq = GptqOptions(group=options.weights.group)
     chosen = QuantizeOptions(options.reading, options.images, calibration, gptq)
     folder = _gptq_folder(output)
@@ -174,6 +179,13 @@ def _quantizer(
         return folder
 
     return quantize
+
+
+def _gptq_questions(source: str, calibration: CalibrationOptions) -> int | None:
+    """How many questions GPTQ's models are asked."""
+    from uhd_export.checkpoint.source import NANO
+
+    return _QUESTIONS if calibration.questions is None and source == NANO else calibration.questions
 
 
 def _rounds(options: BuildOptions) -> bool:
