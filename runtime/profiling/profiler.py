@@ -26,7 +26,7 @@ from uhd_export.runtime.profiling.runs import (
 )
 from uhd_export.runtime.profiling.spread import Spread, is_steady, percentiles
 from uhd_export.runtime.profiling.stages import TRACED, VISION_STAGES, vision_shares
-from uhd_export.runtime.profiling.work import Work, stage_work
+from uhd_export.runtime.profiling.work import Work, stage_work, stored_types
 from uhd_export.runtime.progress import Progress
 
 MOST_WARM_UPS = 5
@@ -191,7 +191,7 @@ def profile_pipeline(
         rates=measure_rates(manifest.backend, device, options.threads),
         others=busy,
         backend=manifest.backend,
-        precision={"vision": manifest.precision.vision, "language": manifest.precision.language},
+        precision=stored_types(manifest),
         size=options.size,
         crops=len(planned.plan.crop_sizes),
         visual_tokens=len(planned),
