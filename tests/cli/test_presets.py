@@ -1,7 +1,9 @@
 """--preset through the command line: what it chooses, what overrides it, what a backend cannot have."""
 
 import json
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -103,3 +105,16 @@ def test_only_what_gptq_is_yet_to_make_counts(made_before, tmp_path, monkeypatch
     said = CliRunner().invoke(main, arguments).stderr
     assert "far enough" in said and "of disk" in said
     assert ("kept as" in said) != made_before
+
+
+def test_room_for_the_bundle_too_is_asked_for_before_gptq(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("uhd_export.cli.build.quantize_into", never)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    arguments = ["build", "nano", "-o", str(tmp_path / "a" / "out"), "--weights", "int4", "--no-verify"]
+    said = CliRunner().invoke(main, arguments).stderr
+    assert re.search(
+        r"error: output .*out: about \d+\.\d+ MB are needed but 3\.00 MB are free; make room", said
+    )

@@ -41,18 +41,24 @@ def staged_folder(out: Path, *, force: bool = False, needed: int = 0) -> Iterato
         staging, old = (out.with_name(f".{out.name}.uhd-{what}") for what in ("partial", "old"))
         _recover(out, staging, old)
         refuse_existing(out, force)
-        free = shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise UhdError(
-                f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are "
-                "free; make room or choose another disk"
-            )
+        require_room(out, needed)
         try:
             staging.mkdir()
             yield staging
             _move(staging, out, old)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_room(out: Path, needed: int) -> None:
+    """Raise UhdError where the disk that `out` is to lie on has less than `needed` bytes."""
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UhdError(
+            f"output {out}: about {format_bytes(needed)} are needed but {format_bytes(free)} are "
+            "free; make room or choose another disk"
+        )
 
 
 @contextmanager

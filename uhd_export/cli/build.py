@@ -100,7 +100,9 @@ def build(
         from uhd_export.bundle.build import build_bundle
         from uhd_export.bundle.cost import Cost, cost_lines
         from uhd_export.bundle.stages import expected_seconds, gptq_units
+        from uhd_export.bundle.staging import require_room
         from uhd_export.calibration.data import calibration_pairs
+        from uhd_export.calibration.quantize import work_folder
         from uhd_export.runtime.terminal.bundle_report import print_parity, total_bytes
         from uhd_export.runtime.units import format_bytes
 
@@ -119,6 +121,8 @@ def build(
         units = gptq_units(cost.sizes, images=calibration.pairs, samples=calibration.samples, questions=asked)
         for line in cost_lines(cost, options, sum(expected_seconds(units).values()), str(folder)):
             click.echo(line, err=True)
+        begun = work_folder(folder).exists()  # what it holds becomes the checkpoint
+        require_room(output, cost.staging + (0 if begun else cost.checkpoint))
 
     with overall_bar("build"):
         manifest = build_bundle(
