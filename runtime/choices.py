@@ -12,6 +12,8 @@ ROI_ROUNDINGS = ("exact", "bf16")
 DTYPES = ("float32", "float16")
 CACHES = (*DTYPES, "int8")
 """Types of keys and values."""
+HEADS = {"dense": None, "int8": 8, "int4": 4}
+"""Types of the language model's head, by their bits where it is rounded."""
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 """Those that run engines of their own; "onnxruntime" runs the graphs."""
 BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)

@@ -299,3 +299,11 @@ def configured(
     settings = dataclasses.replace(settings, **changes)
     plan_slices((1, 1), max_slices=settings.max_slices, resize=settings.resize)  # refuses the other two
     return settings
+
+
+def open_chunked(bundle: str | Path, *, prefill_chunk: int | None = None, **opening: Any) -> Pipeline:
+    """As `Pipeline.open`, and prompts run `prefill_chunk` positions at a time (None: as many as suit it)."""
+    pipeline = Pipeline.open(bundle, **opening)
+    if prefill_chunk is not None:
+        pipeline.generator.prefix.chunk = prefill_chunk
+    return pipeline

@@ -21,6 +21,7 @@ from uhd_export.runtime.choices import (
     DTYPES,
     ENGINE_BACKENDS,
     GRID_MODES,
+    HEADS,
     LARGEST_SIZE,
     LAYOUTS,
     MOST_LAYERS,
@@ -85,6 +86,11 @@ class Quantization:
     act_order: bool
     lm_head: str
     activations: str
+
+    @property
+    def head_bits(self) -> int | None:
+        """Bits of the head's weights; None where it is dense."""
+        return HEADS[self.lm_head]
 
 
 @dataclass(frozen=True)

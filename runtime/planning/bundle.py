@@ -40,7 +40,7 @@ def bundle_weights(manifest: Manifest, device: str) -> Weights:
     vision, language = (size(name) for name in part_files(manifest.backend))
     config, quantization = manifest.model.language, manifest.quantization
     item = np.dtype(manifest.precision.language).itemsize
-    bits = {"int8": 8, "int4": 4}.get(quantization.lm_head if quantization else "")
+    bits = None if quantization is None else quantization.head_bits
     head = config.vocab * config.hidden * item if bits is None else 0
     if bits is not None:
         head = config.vocab * config.hidden * bits // 8 + config.vocab * config.hidden // 128 * item

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from uhd_export.runtime.image.slicing import Size
 from uhd_export.runtime.memory import available_memory, peak_memory, resident_memory, run_apart
-from uhd_export.runtime.pipeline import Pipeline
+from uhd_export.runtime.pipeline import open_chunked
 from uhd_export.runtime.profiling.runs import Run, planned_image, question_sequences, run_once
 from uhd_export.runtime.typed_json import read
 
@@ -78,14 +77,6 @@ def sweep(bundle: str, sizes: Sequence[Size], new_tokens: int, **opening: Any) -
     if done is None:
         return ()
     return tuple(read(SweepPoint, point, "sweep") for point in done.result)
-
-
-def open_chunked(bundle: str | Path, *, chunk: int | None = None, **opening: Any) -> Pipeline:
-    """As `Pipeline.open`, and prompts run `chunk` positions at a time (None: as many as suit it)."""
-    pipeline = Pipeline.open(bundle, **opening)
-    if chunk is not None:
-        pipeline.generator.prefix.chunk = chunk
-    return pipeline
 
 
 def answer_cold(bundle: str, size: Size, new_tokens: int, **opening: Any) -> dict[str, Any]:

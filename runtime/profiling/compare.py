@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uhd_export.runtime.errors import UhdError
-from uhd_export.runtime.profiling.apart import open_chunked
+from uhd_export.runtime.pipeline import open_chunked
 from uhd_export.runtime.profiling.facts import read_profile
 from uhd_export.runtime.profiling.profiler import ProfileOptions
 from uhd_export.runtime.profiling.runs import FIRST_TOKEN, question_sequences, run_once
@@ -94,10 +94,10 @@ def _run_in_turns(
             stack.enter_context(
                 open_chunked(
                     path,
-                    chunk=options.chunk,
                     device=options.device,
                     threads=options.threads,
                     context=options.context,
+                    prefill_chunk=options.chunk,
                 )
             )
             for path in bundles

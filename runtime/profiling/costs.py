@@ -27,6 +27,8 @@ GUIDANCE, RANGE = 3, 32  # channels of the JBU's guidance and of its range featu
 TAPS = KERNEL * KERNEL
 # Bytes a weight: 4 bits, and one 16-bit scale for a group of 128.
 INT4_BYTES = 0.5 + 2 / 128
+# Of vision's weights those that 8 bits leave as they are: the patches', and one matrix a head or a window.
+APART = ("patches", "scores", "value")
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def _opening(pipeline: Pipeline, options: ProfileOptions, device: str) -> dict[s
         "device": device,
         "threads": options.threads,
         "context": pipeline.generator.decoder.context,
-        "chunk": pipeline.generator.prefix.chunk,
+        "prefill_chunk": pipeline.generator.prefix.chunk,
         "grid_mode": settings.grid_mode,
         "max_slices": settings.max_slices,
         "resize": settings.resize,

@@ -10,9 +10,7 @@ from uhd_export.runtime.profiling import costs
 from uhd_export.runtime.profiling.costs import Grid
 from uhd_export.runtime.profiling.stages import VISION_STAGES
 
-# Of vision's weights those that 8 bits leave as they are: the patches', and one matrix a head or a window.
-_APART = ("patches", "scores", "value")
-_HEAD_BITS, _HEAD_GROUP = {"int8": 8, "int4": 4}, 128
+_HEAD_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,9 @@ def _vision_work(parts: costs.Parts, manifest: Manifest, stage: str) -> Work:
     item = np.dtype(manifest.precision.vision).itemsize
     int8 = manifest.vision_quantization is not None and stage != "jbu"
     whole = costs.total(parts)
-    moved = sum(cost.weights * (1 if int8 and name not in _APART else item) for name, cost in parts.items())
+    moved = sum(
+        cost.weights * (1 if int8 and name not in costs.APART else item) for name, cost in parts.items()
+    )
     return Work(whole.flops, moved + whole.activations * item)
 
 
@@ -78,8 +78,8 @@ def _language_work(parts: costs.Parts, manifest: Manifest, cached: int) -> Work:
     stored, linear, head = manifest.quantization, float(item), float(item)
     if stored is not None and stored.method is not None:
         linear = 0.5 + item / stored.group
-    if stored is not None and stored.lm_head in _HEAD_BITS:
-        head = _HEAD_BITS[stored.lm_head] / 8 + item / _HEAD_GROUP
+    if stored is not None and stored.head_bits is not None:
+        head = stored.head_bits / 8 + item / _HEAD_GROUP
     moved = sum(cost.weights * (head if name == "head" else linear) for name, cost in parts.items())
     moved += cached * (np.dtype(manifest.precision.cache).itemsize - item)
     whole = costs.total(parts)
@@ -92,7 +92,7 @@ def stored_types(manifest: Manifest) -> dict[str, str]:
     stored, weights = manifest.quantization, []
     if stored is not None and stored.method is not None:
         weights.append("int4 weights")
-    if stored is not None and stored.lm_head in _HEAD_BITS:
+    if stored is not None and stored.head_bits is not None:
         weights.append(f"{stored.lm_head} head")
     if manifest.precision.cache != language:
         weights.append(f"{manifest.precision.cache} cache")

@@ -105,10 +105,8 @@ def test_a_concern_may_hold_others_and_leaves_the_rest_alone():
 
 def test_a_bundle_is_opened_with_what_is_given(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("uhd_export.runtime.Pipeline", None, raising=False)
-    monkeypatch.setattr(
-        "uhd_export.runtime.Pipeline", type("P", (), {"open": lambda *a, **k: calls.append((a, k))})
-    )
+    opened = type("P", (), {"open": lambda *a, **k: calls.append((a, k))})
+    monkeypatch.setattr("uhd_export.runtime.pipeline.Pipeline", opened)
     monkeypatch.setattr(PipelineOptions, "warn", lambda self, bundle: calls.append(bundle))
     PipelineOptions(threads=2, resize=300).open(tmp_path)
     assert calls.pop(0) == tmp_path  # before anything is loaded

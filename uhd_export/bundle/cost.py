@@ -10,7 +10,6 @@ from uhd_export.bundle.size import vision_bytes
 from uhd_export.bundle.stages import ASKING, PARITY, Sizes, build_units, expected_seconds
 from uhd_export.checkpoint.config import CheckpointConfig
 from uhd_export.checkpoint.int4.linears import head_group, linear_shapes
-from uhd_export.graph.int4.options import HEADS
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.units import format_bytes
 
@@ -63,7 +62,7 @@ def estimate_cost(
     sizes = model_sizes(config)
     weights, head = sizes.language, sizes.head
     group = 1 if quantization is None else quantization.group
-    bits = HEADS[quantization.lm_head] if quantization is not None else None
+    bits = None if quantization is None else quantization.head_bits
     vision = vision_bytes(config.model, replace(options, vision_weights="dense"))
     int8 = options.vision_weights == "int8"
     tables = language.context * language.head_size * item

@@ -6,10 +6,11 @@ import numpy as np
 
 from uhd_export.bundle.options import BuildOptions
 from uhd_export.checkpoint.int4.linears import head_group, largest_group
-from uhd_export.graph.int4.options import AUTO, HEADS
+from uhd_export.graph.int4.options import AUTO
+from uhd_export.runtime.choices import HEADS
 from uhd_export.runtime.config import LanguageConfig, ModelConfig
 from uhd_export.runtime.planning.memory import PACKED_INT4, Layout, Weights
-from uhd_export.runtime.profiling.costs import decode, jbu, projector, total, vit
+from uhd_export.runtime.profiling.costs import APART, decode, jbu, projector, total, vit
 
 # Its matrices are the same for each shape of crop.
 _GRID = [(24, 24)]
@@ -75,9 +76,7 @@ def vision_bytes(model: ModelConfig, options: BuildOptions) -> int:
         tables += model.projector.side**4 * 4 * model.projector.heads
     if options.vision_weights != "int8":
         return (every + tables) * item
-    # What has one matrix for all positions; the others have one a window or a head.
-    apart = sum(heads[name].weights for name in ("scores", "value") if name in heads)
-    apart += parts["patches"].weights + tables
+    apart = sum(cost.weights for name, cost in (parts | heads).items() if name in APART) + tables
     return apart * item + every - (apart - tables)
 
 

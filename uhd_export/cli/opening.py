@@ -49,17 +49,13 @@ class PipelineOptions:
 
     def open(self, bundle: Path) -> "Pipeline":
         """The pipeline of `bundle`."""
-        from uhd_export.runtime import Pipeline
+        from uhd_export.runtime.pipeline import open_chunked
         from uhd_export.runtime.progress import status
 
         self.warn(bundle)
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
-        chunk = chosen.pop("prefill_chunk", None)
         with status("opening the bundle"):
-            pipeline = Pipeline.open(bundle, **chosen)
-        if chunk is not None:
-            pipeline.generator.prefix.chunk = chunk
-        return pipeline
+            return open_chunked(bundle, **chosen)
 
 
 machine_options = (

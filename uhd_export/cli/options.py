@@ -10,12 +10,13 @@ from click.shell_completion import CompletionItem
 from uhd_export.calibration.options import MIN_SAMPLES, CalibrationOptions
 from uhd_export.checkpoint.options import MASKS, ImageOptions, SourceOptions
 from uhd_export.cli.command import concern, option
-from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, HEADS, WEIGHTS, WeightOptions
+from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, WEIGHTS, WeightOptions
 from uhd_export.runtime.choices import (
     BACKENDS,
     DTYPES,
     GRID_MODES,
     GROUP_SIZES,
+    HEADS,
     LAYOUTS,
     ROI_ROUNDINGS,
     TEMPLATE_ALIASES,

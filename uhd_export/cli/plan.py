@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from uhd_export.bundle.presets import PRESETS
 from uhd_export.checkpoint.options import ImageOptions
 from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.given import given_options
 from uhd_export.cli.options import COUNT, json_option, slicing_options
 from uhd_export.runtime.errors import UhdError
 
@@ -94,7 +94,7 @@ def plan(source: str, images: ImageOptions, answer: AnswerOptions, as_json: bool
         from uhd_export.bundle.subject import find_subject
 
         subject = find_subject(answer.model)
-        images = subject.images(images, _typed())
+        images = subject.images(images, {option.name or "" for option in given_options()})
         slices = subject.cut(size, images)
     facts = report.describe_plan(slices, grid_mode=images.grid_mode)
     if subject is not None:
@@ -105,12 +105,6 @@ def plan(source: str, images: ImageOptions, answer: AnswerOptions, as_json: bool
     report.print_plan(facts)
     if subject is not None:
         print_memory(facts["answer"])
-
-
-def _typed() -> set[str]:
-    """Names of the parameters that were typed."""
-    context = click.get_current_context()
-    return {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
 
 
 def _answer(

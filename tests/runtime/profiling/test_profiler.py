@@ -15,7 +15,7 @@ from uhd_export.runtime import memory
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.image.pattern import pattern
 from uhd_export.runtime.memory import available_memory, peak_memory, run_apart
-from uhd_export.runtime.profiling.apart import open_chunked
+from uhd_export.runtime.pipeline import open_chunked
 from uhd_export.runtime.profiling.compare import compare
 from uhd_export.runtime.profiling.costs import keys_per_window
 from uhd_export.runtime.profiling.facts import describe_profile
@@ -142,8 +142,8 @@ def test_a_comparison_and_what_runs_apart_keep_context_and_chunk(
     write_trace(pipeline, options, tmp_path / "trace.json")
     assert set(opened) == {(4096, 77)}
     profiled(pipeline)
-    assert cold[0]["chunk"] == 77
-    with open_chunked(golden_bundle, chunk=77) as other:
+    assert cold[0]["prefill_chunk"] == 77
+    with open_chunked(golden_bundle, prefill_chunk=77) as other:
         assert other.generator.prefix.chunk == 77
 
 

@@ -12,7 +12,7 @@ from uhd_export.graph.int4.formats import (
     RoundedWeights,
     WeightSource,
 )
-from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, HEADS, WeightOptions
+from uhd_export.graph.int4.options import ACTIVATIONS, AUTO, WeightOptions
 from uhd_export.graph.linear import Dense, LinearFormat
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.config import LanguageConfig
@@ -75,7 +75,7 @@ def linear_format(
             return Int4Dequantize(weights)
         return MatMulNBits(weights, accuracy_level=accuracy_level)
 
-    bits = HEADS[quantization.lm_head]
+    bits = quantization.head_bits
     if dialect == "tensorrt" and bits == 8:
         raise UhdError("lm_head int8: TensorRT takes dense or int4")
     head: LinearFormat = Dense()

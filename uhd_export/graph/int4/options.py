@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from uhd_export.checkpoint.fields import choice
+from uhd_export.runtime.choices import HEADS
 
 WEIGHTS = ("auto", "dense", "int4", "int4-rtn")
 AUTO = "auto"
-HEADS = {"dense": None, "int8": 8, "int4": 4}
-"""Types of the language model's head, by their bits where it is rounded."""
 ACTIVATIONS = {"int8": 4, "float": 1}
 """Types of what int4 weights are multiplied with, by ONNX Runtime's accuracy level."""
 

@@ -5,7 +5,6 @@ import torch
 from uhd_export.checkpoint.int4.linears import LM_HEAD, head_group, linear_shapes
 from uhd_export.checkpoint.int4.weight import round_to_nearest
 from uhd_export.checkpoint.reader import Checkpoint
-from uhd_export.graph.int4.choose import HEADS
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.config import LanguageConfig
 
@@ -27,7 +26,7 @@ class RoundedView(Checkpoint):
         self._half = quantization.method is not None
         if quantization.method == "rtn":
             self._rounded = {f"{name}.weight": (quantization.group, 4) for name in linear_shapes(config)}
-        bits = HEADS[quantization.lm_head]
+        bits = quantization.head_bits
         if bits is not None:
             self._rounded[_HEAD] = head_group(config), bits
 
