@@ -1,12 +1,16 @@
 """One layer's attention of Vicuna's width by the type of its cache: a prompt, a step, and a further turn.
 
-In turns, on one thread, in CPU time: on a machine that does other things too, ratios stay.
+Of eight layers, since one's cache would stay in the processor's. In turns, on one thread, in CPU time: on a
+machine that does other things too, ratios stay. A prompt runs as the runtime has it, 256 positions at a time.
+"int8, by blocks" is ONNX Runtime's default for a cache of 8 bits, which the runtime turns off
+(`runtime/engines/attention.py`).
 
     python benchmarks/cache.py [--positions 1066] [--repeats 5] [--json FILE]
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +25,7 @@ from uhd_export.plugins.graph import GraphBuilder
 from uhd_export.runtime.config import LanguageConfig
 from uhd_export.runtime.engines.onnxruntime import OrtEngine
 from uhd_export.runtime.language.decoder import (
+    ENOUGH_POSITIONS,
     KEY_VALUE,
     PAST,
     PRESENT,
@@ -30,12 +35,12 @@ from uhd_export.runtime.language.decoder import (
     WRITE_INDEX,
 )
 
-HEADS, SIZE, CAPACITY = 32, 128, 4096
+HEADS, SIZE, CAPACITY, LAYERS = 32, 128, 4096, 8
 VICUNA = LanguageConfig(
     kind="llama",
     hidden=HEADS * SIZE,
     intermediate=11008,
-    layers=1,
+    layers=LAYERS,
     heads=HEADS,
     kv_heads=HEADS,
     head_size=SIZE,
@@ -48,14 +53,18 @@ VICUNA = LanguageConfig(
     eos=(2,),
 )
 FLOAT = ir.DataType.FLOAT
+SWITCH, BY_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION", "int8, by blocks"
 
 
 def emit(cache: CacheFormat, path: Path) -> Path:
-    """A graph of the attention alone, from q, k and v side by side."""
+    """A graph of the attentions alone, each from the same q, k and v side by side."""
     builder = GraphBuilder("attention", opset=24)
     qkv = builder.input("qkv", FLOAT, (ROWS, "sequence", 3 * HEADS * SIZE))
     shape = (ROWS, HEADS, "capacity", SIZE)
-    past = [builder.input(PAST.format(0, part), cache.type, shape) for part in KEY_VALUE]
+    pasts = [
+        [builder.input(PAST.format(layer, part), cache.type, shape) for part in KEY_VALUE]
+        for layer in range(LAYERS)
+    ]
     lengths = builder.input(SEQUENCE_LENGTHS, ir.DataType.INT32, (ROWS,))
     total = builder.input(TOTAL_LENGTH, ir.DataType.INT32, ())
     kind = cache.type if isinstance(cache, FloatCache) else FLOAT
@@ -64,10 +73,11 @@ def emit(cache: CacheFormat, path: Path) -> Path:
         for name, table in zip(("cos", "sin"), rotary_cache(VICUNA, CAPACITY), strict=True)
     ]
     attention = GroupedAttention(builder, VICUNA, cache, FLOAT, qkv, lengths, total, tables)
-    out, *present = attention.emit(0, qkv, past)
-    builder.output(out, "out", FLOAT, (ROWS, "sequence", HEADS * SIZE))
-    for value, part in zip(present, KEY_VALUE, strict=True):
-        builder.output(value, PRESENT.format(0, part), cache.type, shape, direct=True)
+    for layer, past in enumerate(pasts):
+        out, *present = attention.emit(layer, qkv, past)
+        builder.output(out, f"out.{layer}", FLOAT, (ROWS, "sequence", HEADS * SIZE))
+        for value, part in zip(present, KEY_VALUE, strict=True):
+            builder.output(value, PRESENT.format(layer, part), cache.type, shape, direct=True)
     builder.save(path)
     return path
 
@@ -75,23 +85,35 @@ def emit(cache: CacheFormat, path: Path) -> Path:
 class Side:
     """One type of cache."""
 
-    def __init__(self, cache: CacheFormat, path: Path) -> None:
+    def __init__(self, cache: CacheFormat, path: Path, *, by_blocks: bool = False) -> None:
+        # The runtime leaves a choice that is made alone.
+        if by_blocks:
+            os.environ[SWITCH] = "0"
         self.engine = OrtEngine(emit(cache, path), threads=1)
-        shared = {PAST.format(0, part): PRESENT.format(0, part) for part in KEY_VALUE}
+        os.environ.pop(SWITCH, None)
+        shared = {
+            PAST.format(layer, part): PRESENT.format(layer, part)
+            for layer in range(LAYERS)
+            for part in KEY_VALUE
+        }
         self.binding = self.engine.bind(shared, {"capacity": CAPACITY, ROWS: 1})
 
     def run(self, qkv: np.ndarray, past: int) -> float:
-        """Seconds of CPU time."""
-        total = past + qkv.shape[1]
-        feeds = {
-            "qkv": qkv,
-            SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
-            TOTAL_LENGTH: np.array(total, np.int32),
-            WRITE_INDEX: np.array([past]),
-        }
-        start = time.process_time()
-        self.binding.infer({name: feed for name, feed in feeds.items() if name in self.engine.inputs})
-        return time.process_time() - start
+        """Seconds of CPU time, a layer."""
+        length, seconds = qkv.shape[1], 0.0
+        for start in range(0, length, ENOUGH_POSITIONS):
+            part = qkv[:, start : start + ENOUGH_POSITIONS]
+            total = past + start + part.shape[1]
+            feeds = {
+                "qkv": part,
+                SEQUENCE_LENGTHS: np.array([total - 1], np.int32),
+                TOTAL_LENGTH: np.array(total, np.int32),
+                WRITE_INDEX: np.array([past + start]),
+            }
+            begun = time.process_time()
+            self.binding.infer({name: feed for name, feed in feeds.items() if name in self.engine.inputs})
+            seconds += time.process_time() - begun
+        return seconds / LAYERS
 
 
 def measure(positions: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -101,12 +123,16 @@ def measure(positions: int, repeats: int) -> dict[str, dict[str, float]]:
     formats = {
         "float32": FloatCache("float32"),
         "float16": FloatCache("float16"),
-        "int8": Int8Cache([LayerScales(scales, scales)]),
+        "int8": Int8Cache([LayerScales(scales, scales)] * LAYERS),
+        BY_BLOCKS: Int8Cache([LayerScales(scales, scales)] * LAYERS),
     }
     runs = {"prompt": (positions, 0), "step": (1, positions), "turn of 128": (128, positions)}
     seconds: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(cache, Path(folder) / f"{name}.onnx") for name, cache in formats.items()}
+        sides = {
+            name: Side(cache, Path(folder) / f"{name}.onnx", by_blocks=name == BY_BLOCKS)
+            for name, cache in formats.items()
+        }
         for _ in range(repeats + 1):  # the first warms up
             for run, (length, past) in runs.items():
                 qkv = rng.standard_normal((1, length, 3 * HEADS * SIZE), np.float32)

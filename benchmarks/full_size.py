@@ -10,7 +10,8 @@ a fifth slower within minutes. Takes 20 GB of disk (TMPDIR says where), and abou
 --check adds the parity of the last variant, which takes minutes and reads everything.
 --earlier CHECKOUT sets another version of this project beside the last variant: its own `build` makes a
 bundle with int4 weights of the same checkpoint, and both versions' `profile` take turns, since neither opens
-the other's bundles. The ratios are medians over turns, with the least and the greatest.
+the other's bundles. The ratios are medians over turns, with the least and the greatest; decoding's is that of
+`steps.py`, whose turns are a second long, with both bundles open (12 GB).
 
     python benchmarks/full_size.py [--layers 32] [--variant before --variant small] [--turns 3]
                                    [--earlier CHECKOUT] [--profiles FOLDER] [--check] [--json FILE]
@@ -28,7 +29,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import steps
+
 GROUP = 128
+STEP_TURNS = 60
 PAIRS = "pairs.jsonl"
 VARIANTS = {
     "before": ("--weights", "int4", "--lm-head", "dense", "--vision-weights", "dense"),
@@ -146,7 +150,8 @@ def beside(options: argparse.Namespace, earlier: Path, bundle: Path) -> dict[str
         found = [turn["earlier"]["seconds"][stage] / turn["now"]["seconds"][stage] for turn in turns]
         ratios[stage] = {"times": statistics.median(found), "interval": [min(found), max(found)]}
     size = sum(path.stat().st_size for path in earlier.iterdir())
-    return {"commit": commit, "bundle_bytes": size, "turns": turns, "ratios": ratios}
+    decoding = steps.summary(steps.compare(bundle, earlier, options.earlier, STEP_TURNS))
+    return {"commit": commit, "bundle_bytes": size, "turns": turns, "ratios": ratios, "steps": decoding}
 
 
 def figures(facts: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +240,8 @@ def show_earlier(earlier: dict[str, Any]) -> None:
     for stage, ratio in earlier["ratios"].items():
         least, most = ratio["interval"]
         print(f"- {stage}: {ratio['times']:.2f}x ({least:.2f} to {most:.2f})")
+    print("A step of decoding, eight of either in turns:")
+    steps.show(earlier["steps"])
 
 
 def targets(result: dict[str, Any]) -> dict[str, str]:
@@ -250,7 +257,8 @@ def targets(result: dict[str, Any]) -> dict[str, str]:
         reached = "not taken" if value is None else f"{value / 1e9:.2f} ({'yes' if value <= most else 'NO'})"
         found[f"{field} at most {most / 1e9:.1f} GB"] = reached
     for stage, least in LEAST.items():
-        ratio = ratios[stage]["times"]
+        in_steps = stage == "decode" and result["earlier"]
+        ratio = result["earlier"]["steps"]["all"]["ratio"] if in_steps else ratios[stage]["times"]
         found[f"{stage} at least {least:g}x"] = f"{ratio:.2f}x ({'yes' if ratio >= least else 'NO'})"
     return found
 
@@ -281,6 +289,8 @@ def main() -> None:
             path = options.profiles / f"full-size-{name}.json"
             path.write_text(json.dumps(one["profile"], indent=1) + "\n", encoding="utf-8")
     if options.json:
+        for one in result["variants"].values():
+            one["warnings"] = one.pop("profile")["warnings"]  # all of it is what --profiles writes
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

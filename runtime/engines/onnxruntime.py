@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from uhd_export.runtime.choices import updates_on_gpu
 from uhd_export.runtime.engines.arena import share_arena, shrink_arena
+from uhd_export.runtime.engines.attention import attention_at_once
 from uhd_export.runtime.engines.base import (
     Array,
     Binding,
@@ -105,7 +106,11 @@ class OrtEngine(Engine):
         providers = _providers(self.device, tf32)
         ort.set_default_logger_severity(4)
         try:
-            with denormals_as_zero(), large_pages(_loaded(self.weight_bytes) if self.on_host else 0):
+            with (
+                attention_at_once((graph or self.path.read_bytes()) if self.on_host else b""),
+                denormals_as_zero(),
+                large_pages(_loaded(self.weight_bytes) if self.on_host else 0),
+            ):
                 self.session = ort.InferenceSession(
                     graph or str(path), options, providers=providers, enable_fallback=False
                 )
