@@ -34,6 +34,7 @@ from uhd_export.runtime.language.decoder import (
     TOTAL_LENGTH,
     WRITE_INDEX,
 )
+from uhd_export.runtime.profiling.machine import machine
 
 HEADS, SIZE, CAPACITY, LAYERS = 32, 128, 4096, 8
 VICUNA = LanguageConfig(
@@ -156,7 +157,8 @@ def main() -> None:
         parts = (f"{name} {ms:.2f} ms ({ms / found['float32']:.2f})" for name, ms in found.items())
         print(f"{run}: {', '.join(parts)}")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        facts = {"machine": machine("cpu", 1), "milliseconds": result}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

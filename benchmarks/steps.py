@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from uhd_export.runtime.profiling.machine import machine
+
 PROMPT, STEPS = 1066, 8
 _READ = 256 << 20  # bytes a core, far more than its caches hold
 
@@ -92,8 +94,6 @@ def bandwidth(cores: int) -> float:
 
 def compare(first: Path, second: Path, checkout: Path | None, turns: int) -> list[dict[str, float]]:
     """Of each turn: a step's seconds at the median of either, and bytes a second before it."""
-    from uhd_export.runtime.profiling.machine import machine
-
     cores = int(machine("cpu", None)["threads"])
     sides = [Side(first, None), Side(second, checkout)]
     found = []
@@ -165,9 +165,8 @@ def main() -> None:
     parts = summary(turns)
     show(parts)
     if options.json:
-        options.json.write_text(
-            json.dumps({"parts": parts, "turns": turns}, indent=1) + "\n", encoding="utf-8"
-        )
+        facts = {"machine": machine("cpu", None), "parts": parts, "turns": turns}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

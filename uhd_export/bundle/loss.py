@@ -48,6 +48,11 @@ def is_lossy(manifest: Manifest) -> bool:
     return rounded or manifest.precision.cache != manifest.precision.language
 
 
+def is_rounded(manifest: Manifest) -> bool:
+    """Whether the bundle computes otherwise than the original checkpoint would in float32."""
+    return is_lossy(manifest) or {manifest.precision.language, manifest.precision.vision} != {"float32"}
+
+
 def loss_entries(
     pipeline: Pipeline, original: Checkpoint | None, config: CheckpointConfig, run: GreedyRun
 ) -> list[Parity]:
@@ -60,8 +65,11 @@ def loss_entries(
         reason = "the checkpoint was quantized before, and its original is not at hand"
         absent = ("logits", "relative error"), ("tokens", differing)
         return [Parity(part, run.inputs, what, None, None, reason, ORIGINAL) for part, what in absent]
-    states = streamed_states(original, config, _original_embeds(original, run), len(run.tokens))
-    expected = head_logits(original, config, states)
+    if pipeline.manifest.quantization is None:  # then it is the original that the bundle stores
+        expected = run.stored
+    else:
+        states = streamed_states(original, config, _original_embeds(original, run), len(run.tokens))
+        expected = head_logits(original, config, states)
     figures: list[tuple[str, str, float]] = [
         ("logits", "relative error", relative_error(run.logits[0], expected[0])),
         ("tokens", differing, float((expected.argmax(1) != np.array(run.tokens)).sum())),
@@ -77,7 +85,7 @@ def _steps(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and (T, vocab) logits of each step that the bundle takes."""
     manifest = pipeline.manifest
-    weights, vision = manifest.quantization, manifest.vision_quantization
+    weights, vision = manifest.quantization, _vision(manifest)
     if weights is not None and weights.method is not None:
         dense = weights.lm_head == "dense"
         yield "int4 weights", run.stored if dense else head_logits(original, config, run.states)
@@ -90,10 +98,10 @@ def _steps(
             yield products, _decoder_logits(decoder, run)
     for last in (cache, products):
         if last:
-            yield last, run.logits if vision is None else _engine_logits(pipeline, run)
+            yield last, _engine_logits(pipeline, run) if vision else run.logits
             break
-    if vision is not None:
-        yield "int8 vision", run.logits
+    if vision:
+        yield vision, run.logits
 
 
 def _products(manifest: Manifest) -> str:
@@ -109,6 +117,13 @@ def _cache(manifest: Manifest) -> str:
     """The cache's rounding, where it is not the activations'."""
     precision = manifest.precision
     return "" if precision.cache == precision.language else f"{precision.cache} cache"
+
+
+def _vision(manifest: Manifest) -> str:
+    """What the vision engine rounds."""
+    if manifest.vision_quantization is not None:
+        return "int8 vision"
+    return "" if manifest.precision.vision == "float32" else f"{manifest.precision.vision} vision"
 
 
 def _device(pipeline: Pipeline) -> str:

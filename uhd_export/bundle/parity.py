@@ -5,7 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from uhd_export.bundle.loss import GreedyRun, answer_entries, is_lossy, loss_entries, relative_error
+from uhd_export.bundle.loss import (
+    GreedyRun,
+    answer_entries,
+    is_lossy,
+    is_rounded,
+    loss_entries,
+    relative_error,
+)
 from uhd_export.bundle.peer import peer_entries
 from uhd_export.bundle.stages import PARITY
 from uhd_export.checkpoint.config import CheckpointConfig
@@ -84,7 +91,7 @@ def measure_parity(
         bar.advance()
         results = list(_vision(pipeline, reference, bar))
         results += _language(pipeline, checkpoint, config, reference, original)
-        if questions and original is not None and is_lossy(manifest):
+        if questions and original is not None and is_rounded(manifest):
             results += answer_entries(pipeline, original, config, questions)
         if record:
             record_probe(bundle, manifest, pipeline.generator)
@@ -151,7 +158,7 @@ def _language(
         Parity("logits", NAME, "relative error", relative_error(logits[0], expected[0]), limit, None),
         Parity("tokens", NAME, metric, different, token_limit, None),
     ]
-    if is_lossy(manifest):
+    if is_rounded(manifest):
         greedy_run = GreedyRun(NAME, sequence, tokens, np.stack(logits), embeds, states, expected)
         results += loss_entries(pipeline, original, config, greedy_run)
     prompt_embeds = embeds[: len(sequence)]

@@ -75,3 +75,21 @@ def test_check_measures_it_again(manifest):
     report = check_bundle(manifest[1])
     now = {e.part for e in report.measured if e.against == ORIGINAL}
     assert now == {"logits", "tokens", *(f"after {step}" for step in STEPS)}
+
+
+def test_half_precision_is_compared_with_the_original_too(tmp_path):
+    options = BuildOptions(dtype="float16", questions=2)
+    entries = [
+        e for e in build_bundle("nano", tmp_path / "out", options=options).parity if e.against == ORIGINAL
+    ]
+    steps = "float16 products", "float16 vision"
+    assert [(e.part, e.metric) for e in entries[2:-1]] == [
+        (f"after {step}", metric) for step in steps for metric in (ERROR, DIVERGENCE)
+    ]
+    assert all(0 < entry.value < 1e-2 for entry in entries[2:-1])
+    assert entries[-1].part == "answers" and entries[-1].value <= 1
+
+
+def test_float32_has_nothing_to_compare(tmp_path):
+    built = build_bundle("nano", tmp_path / "out", options=BuildOptions(questions=2))
+    assert ORIGINAL not in {entry.against for entry in built.parity}
