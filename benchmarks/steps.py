@@ -125,6 +125,8 @@ def summary(turns: list[dict[str, float]]) -> dict[str, Any]:
         "more memory bandwidth": [turn for turn in turns if turn["bytes_per_second"] > middle],
     }
     for name, some in states.items():
+        if not some:  # of a single turn
+            continue
         ratios = [turn["second"] / turn["first"] for turn in some]
         parts[name] = {
             "ratio": statistics.median(ratios),
