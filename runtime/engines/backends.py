@@ -1,6 +1,7 @@
 """The backends by name, and the door to them."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,11 +35,14 @@ def open_engine(
     """Load the graph at `path` with `backend` on `device`, "cpu" or "cuda" (default: as the backend does).
 
     `threads` limits the CPU threads (default: all cores); `profile` is where a trace of node times goes.
-    Raises UhdError where the backend is unknown or not installed, `threads` is not above zero, or the graph
-    cannot be loaded.
+    Raises UhdError where the backend is unknown or not installed, `threads` is not above zero or more than
+    the machine has cores, or the graph cannot be loaded.
     """
     if threads is not None and threads < 1:
         raise UhdError(f"threads {threads}: must be at least 1 (None means all cores)")
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:  # each takes memory, and time from the others
+        raise UhdError(f"threads {threads}: this machine has {cores} cores; use at most as many")
     engine = engine_class(backend)
     device = device or default_device(backend)
     opened: Engine = engine(Path(path), device=device, threads=threads, profile=profile)

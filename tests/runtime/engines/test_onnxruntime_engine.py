@@ -46,6 +46,12 @@ def test_inputs_outputs_and_results(accumulator):
         assert engine.weight_bytes == sum(f.stat().st_size for f in accumulator.parent.iterdir())
 
 
+def test_more_threads_than_cores_are_refused(accumulator, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(UhdError, match="threads 3: this machine has 2 cores; use at most as many"):
+        open_engine(accumulator, threads=3)
+
+
 def test_rows_of_a_binding_are_the_same_memory(accumulator):
     with open_engine(accumulator, threads=1) as engine:
         whole = engine.bind({"past": "total"}, {"size": 4})
