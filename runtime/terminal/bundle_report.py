@@ -165,12 +165,12 @@ def print_parity(
         before, now = ([e for e in entries if e.against == against] for entries in (built, measured))
         _print_table(against, before, now, console)
     for reason in dict.fromkeys(entry.skipped for entry in (*built, *measured) if entry.skipped):
-        console.print(f"not measured: {reason}")
+        console.print(f"not measured: {cell(reason)}")
 
 
 def _print_table(against: str, built: list[Parity], measured: list[Parity], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"against {against}", overflow="fold")
+    table.add_column(f"against {cell(against)}", overflow="fold")
     for name in ("built", "now") if measured else ("built",):
         table.add_column(name, justify="right")
     table.add_column("limit", justify="right")

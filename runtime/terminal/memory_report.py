@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.terminal.text import cell
 from uhd_export.runtime.units import format_bytes
 
 
@@ -16,7 +17,7 @@ def print_memory(facts: dict[str, Any], console: Console | None = None) -> None:
     build = "" if facts["build"] is None else f", as built with {facts['build']},"
     title = f"an answer of {facts['model']}{build} on {facts['device']}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    console.print(title, style="italic", soft_wrap=True)  # longer than the table
+    console.print(cell(title), style="italic", soft_wrap=True)  # longer than the table
     table.add_column("memory")
     table.add_column("", justify="right")
     for name, size in facts["bytes"].items():

@@ -34,7 +34,7 @@ def print_quality(folder: Path, manifest: Manifest, console: Console | None = No
         console.print(cell(line), highlight=False, soft_wrap=True)
     console.print(table)
     if QUALITY_CHART in manifest.files:
-        console.print(f"by layer and module: {folder / QUALITY_CHART}", soft_wrap=True)
+        console.print(f"by layer and module: {cell(folder / QUALITY_CHART)}", soft_wrap=True)
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:

@@ -254,3 +254,9 @@ def test_bounds_tighten_as_memory_gets_short(golden_bundle):
     assert (wide.rows, wide.chunk) == (1200, 256) and (tight.rows, tight.chunk) == (0, 64)
     engines = dataclasses.replace(manifest, backend="tensorrt")
     assert fitting_bounds(engines, "cuda", manifest.settings, None, available=1).rows is None
+
+
+def test_a_path_is_no_markup(call, golden_bundle, tmp_path):
+    shutil.copytree(golden_bundle, tmp_path / "a[" / "b]")
+    done = call("plan", "100x100", "--model", tmp_path / "a[" / "b]", "--memory", "8GB")
+    assert f"an answer of {tmp_path}/a[/b]" in done.stdout, done.output

@@ -10,6 +10,7 @@ from rich.table import Table
 from uhd_export.runtime.serving.evaluation.evaluate import Comparison, Evaluation
 from uhd_export.runtime.serving.evaluation.statistics import Estimate
 from uhd_export.runtime.terminal.console import output
+from uhd_export.runtime.terminal.text import cell
 
 NAMES = {
     "exact": "exact match",
@@ -47,9 +48,9 @@ def show(
     table.add_column("percent", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, average in evaluation.measures.items():
-        table.add_row(NAMES[name], bundle.name, *_cells(average))
+        table.add_row(NAMES[name], cell(bundle.name), *_cells(average))
         if other is not None and comparison is not None and other_bundle is not None:
-            table.add_row("", other_bundle.name, *_cells(other.measures[name]))
+            table.add_row("", cell(other_bundle.name), *_cells(other.measures[name]))
             change = f"difference: {comparison.better[name]} better, {comparison.worse[name]} worse"
             table.add_row("", change, *_cells(comparison.difference[name], "+"), end_section=True)
     console = output()
@@ -57,9 +58,8 @@ def show(
     console.print("intervals: questions drawn again (bootstrap)", style="dim")
     if evaluation.failed:
         first = next(q for q in evaluation.questions if q.error)
-        console.print(
-            f"{evaluation.failed} not answered, counted as 0; the first, {first.where}: {first.error}"
-        )
+        reason = cell(f"{first.where}: {first.error}")
+        console.print(f"{evaluation.failed} not answered, counted as 0; the first, {reason}")
 
 
 def _cells(estimate: Estimate, sign: str = "") -> tuple[str, str]:

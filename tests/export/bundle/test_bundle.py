@@ -127,7 +127,7 @@ def test_a_context_that_holds_no_answer_is_refused(make, tmp_path, context):
 
 
 def test_what_was_not_measured_is_not_called_ok():
-    reason = "577 positions fill the context of 200"
+    reason = "577 positions fill the context of [/200]"  # which is no markup
     skipped = Parity("logits", "x", "relative error", None, 1e-3, reason)
     wrong = Parity("vision", "x", "relative error", float("inf"), 1e-3, None)
     good = dataclasses.replace(skipped, value=1e-6, skipped=None)

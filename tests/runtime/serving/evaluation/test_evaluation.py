@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.pairs import Pair, Turn
-from uhd_export.runtime.serving.evaluation.evaluate import compare, evaluate_pairs
+from uhd_export.runtime.serving.evaluation import report
+from uhd_export.runtime.serving.evaluation.evaluate import Evaluation, Question, compare, evaluate_pairs
 from uhd_export.runtime.serving.evaluation.scores import MEASURES, anls, exact, relaxed, vqa
 from uhd_export.runtime.serving.evaluation.statistics import estimate, paired
 
@@ -86,3 +87,13 @@ def test_a_bundle_is_asked_and_compared(serve, cards, monkeypatch):
     assert both.difference["exact"].mean == 0.25
     with pytest.raises(UhdError, match="no line has an answer"):
         evaluate_pairs(service, [Pair((), (Turn("What?", None),), "")])
+
+
+def test_names_of_others_are_no_markup(capsys, tmp_path):
+    question = Question("[/a].jsonl line 1", "What?", ("5",), "", {"exact": 0.0}, "image [/b].png: no image")
+    evaluation = Evaluation((question,), {"exact": estimate([0.0])})
+    bundle = tmp_path / "[bold]nano"
+    report.show(bundle, evaluation, bundle, evaluation, compare(evaluation, evaluation))
+    told = capsys.readouterr().out
+    assert told.count("[bold]nano") == 2
+    assert "[/a].jsonl line 1: image [/b].png: no image" in told
