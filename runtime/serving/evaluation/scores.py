@@ -1,5 +1,6 @@
 """Scores of one answer, 0 to 1, as benchmarks define them."""
 
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -79,6 +80,8 @@ def _number(text: str) -> float | None:
     try:
         value = float(re.sub(r"(?<=\d),(?=\d{3})", "", text.rstrip("%").strip()))
     except ValueError:
+        return None
+    if not math.isfinite(value):  # the words "nan", a bread, and "infinity", of which all is within 5 %
         return None
     return value / 100 if percent else value
 

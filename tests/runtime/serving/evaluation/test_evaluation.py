@@ -30,6 +30,9 @@ from uhd_export.runtime.serving.evaluation.statistics import estimate, paired
         (relaxed, "0", ["0"], 1),
         (relaxed, "0.01", ["0"], 0),
         (relaxed, "Blue", ["blue"], 1),
+        (relaxed, "5", ["Infinity"], 0),
+        (relaxed, "infinity", ["Infinity"], 1),
+        (relaxed, "nan", ["Nan"], 1),
         (vqa, "The Two!", ["2"], 1),
         (vqa, "a dog", ["dog"] * 3 + ["cat"] * 7, 0.9),  # 3 * 2/3 + 7 * 1, of 10
         (vqa, "cat", ["dog"] * 3 + ["cat"] * 7, 1),
