@@ -46,6 +46,7 @@ _DISK = {
     errno.EROFS: "read-only file system; write somewhere else",
     errno.EACCES: "permission denied; check the owner and mode of the file",
     errno.EPERM: "operation not permitted; check the owner and mode of the file",
+    errno.ENAMETOOLONG: "file name too long; use a shorter one",
 }
 _MEMORY = "not enough memory; close other programs, or use a smaller model, context or precision"
 _THREADS = "no more threads or processes can be started; lower --threads, or raise the limit (ulimit -u, -v)"

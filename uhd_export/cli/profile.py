@@ -1,5 +1,6 @@
 """The command `profile`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,22 @@ class Outputs:
     csv: Path | None = None
     trace: Path | None = None
 
-    def check(self) -> None:
-        """Raise UhdError, before anything is measured, where one could not be written."""
+    def check(self, bundle: Path | None) -> None:
+        """Raise UhdError, before anything is measured, where one could not be written beside what is read."""
+        taken = {} if bundle is None else {bundle.resolve(): "what is read"}
         for name, path in vars(self).items():
-            if path is not None and not path.absolute().parent.is_dir():
+            if path is None:
+                continue
+            folder = path.absolute().parent
+            if not folder.is_dir():
                 raise UhdError(f"--{name} {path}: there is no folder {path.parent}")
+            if path.exists() and not path.is_file():
+                raise UhdError(f"--{name} {path}: is no plain file; give another name")
+            if not os.access(folder, os.W_OK):
+                raise UhdError(f"--{name} {path}: {folder} cannot be written; choose another")
+            if path.resolve() in taken:
+                raise UhdError(f"--{name} {path}: is {taken[path.resolve()]} too; give another name")
+            taken[path.resolve()] = f"--{name}"
         if self.html is not None:
             from uhd_export.runtime.report.charts import draw
 
@@ -109,7 +121,7 @@ def profile(
     for name, path in vars(outputs).items():
         if path is not None and bundle is None:
             raise UhdError(f"--{name}: is of one profile; leave it out with --compare and --study")
-    outputs.check()
+    outputs.check(bundle)
     if study is not None:
         _study(study, 0 if count else measurement.repeats, opening, as_json)
         return

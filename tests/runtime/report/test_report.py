@@ -213,6 +213,23 @@ def test_the_commands_files(call, fails, golden_bundle, facts, tmp_path, monkeyp
     assert json.loads(call("profile", "--compare", saved, saved, "--json").stdout)["paired"] is False
 
 
+def test_files_that_cannot_be_written_are_refused_at_once(fails, facts, tmp_path, monkeypatch):
+    saved = written(tmp_path / "p.json", facts)
+    for name in ("--csv", "--trace", "--html"):
+        assert f"{name} {tmp_path}: is no plain file" in fails("profile", saved, name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert "--csv .: is no plain file" in fails("profile", saved, "--csv", ".")
+    same = ("--html", tmp_path / "r", "--csv", tmp_path / "sub" / ".." / "r")
+    (tmp_path / "sub").mkdir()
+    assert "is --html too" in fails("profile", saved, *same)
+    assert "is what is read too" in fails("profile", saved, "--csv", "p.json")
+    assert read_profile(saved) == facts
+    for length in (250, 300):  # with the temporary file's suffix, and alone
+        assert "name too long" in fails("profile", saved, "--csv", "x" * length)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert f"{tmp_path} cannot be written" in fails("profile", saved, "--csv", tmp_path / "r.csv")
+
+
 def test_a_busy_machine_is_told(pipeline):
     from uhd_export.runtime.profiling.facts import warnings
 
