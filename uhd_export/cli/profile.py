@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from uhd_export.cli.command import Command, concern, option
+from uhd_export.cli.given import refuse_given
 from uhd_export.cli.opening import PipelineOptions, machine_options
 from uhd_export.cli.options import COUNT, json_option
 from uhd_export.runtime.choices import GRID_MODES
@@ -16,6 +17,9 @@ from uhd_export.runtime.errors import UhdError
 STUDIES = ("table1", "table2", "table3", "table4", "table6")
 _FILES, _OTHERS = "Files", "Instead of one bundle"
 _FILE = click.Path(path_type=Path)
+# What is measured, and on what, by the options' names.
+_OF_BUNDLES = {"size", "tokens", "grid_modes", "context", "prefill_chunk"}
+_MEASURING = _OF_BUNDLES | {"repeats", "device", "threads"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ def profile(
     for name, path in vars(outputs).items():
         if path is not None and bundle is None:
             raise UhdError(f"--{name}: is of one profile; leave it out with --compare and --study")
+    if study is not None:
+        refuse_given(_OF_BUNDLES, "is of bundles; leave it out with --study")
+    if count:
+        refuse_given(_MEASURING, "is of what is measured; leave it out with --count")
     outputs.check(bundle)
     if study is not None:
         _study(study, 0 if count else measurement.repeats, opening, as_json)
@@ -134,6 +142,9 @@ def profile(
 
         if outputs.trace is not None:
             raise UhdError(f"--trace: needs a bundle that runs; {bundle} is a profile's file")
+        refuse_given(_MEASURING | {"as_json"}, "needs a bundle, and not a profile's file; leave it out")
+        if outputs == Outputs():
+            raise UhdError(f"profile {bundle}: is a profile's file; give --html or --csv to make of it")
         _write(read_profile(bundle), outputs)
         return
     facts = _profile(bundle, measurement, outputs, opening, as_json)
@@ -195,6 +206,8 @@ def _compare(
     from uhd_export.runtime.terminal.profile_report import print_comparison
     from uhd_export.runtime.terminal.report import print_json
 
+    if all(path.is_file() for path in pair):
+        refuse_given(_MEASURING, "is of bundles; leave it out with two files, which are measured already")
     for path in pair:
         if path.is_dir():
             opening.warn(path)

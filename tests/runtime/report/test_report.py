@@ -230,6 +230,33 @@ def test_files_that_cannot_be_written_are_refused_at_once(fails, facts, tmp_path
     assert f"{tmp_path} cannot be written" in fails("profile", saved, "--csv", tmp_path / "r.csv")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--size", "300x300"),
+        ("--repeats", "9"),
+        ("--tokens", "3"),
+        ("--grid", "fix"),
+        ("--threads", "1"),
+        ("--device", "cpu"),
+        ("--context", "99"),
+        ("--prefill-chunk", "9"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(fails, facts, tmp_path, given):
+    saved = written(tmp_path / "p.json", facts)
+    assert f"{given[0]}: needs a bundle" in fails("profile", saved, "--csv", tmp_path / "r.csv", *given)
+    assert f"{given[0]}: is of bundles" in fails("profile", "--compare", saved, saved, *given)
+    refused = fails("profile", "--study", "table1", "--count", *given)
+    assert f"{given[0]}: is of" in refused and "leave it out" in refused
+
+
+def test_a_profiles_file_alone_makes_nothing(fails, facts, tmp_path):
+    saved = written(tmp_path / "p.json", facts)
+    assert "give --html or --csv" in fails("profile", saved)
+    assert "--json: needs a bundle" in fails("profile", saved, "--json")
+
+
 def test_a_busy_machine_is_told(pipeline):
     from uhd_export.runtime.profiling.facts import warnings
 
