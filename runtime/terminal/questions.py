@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from uhd_export.runtime.errors import UhdError
+from uhd_export.runtime.interrupts import Terminated
 
 
 class Questions(ABC):
@@ -62,10 +63,12 @@ class PromptQuestions(Questions):
         )
 
     def read(self) -> str | None:
-        """See `Questions.read`. Ctrl-C leaves the line, Ctrl-D ends."""
+        """See `Questions.read`. Ctrl-C leaves the line, Ctrl-D ends, and so does SIGTERM."""
         while True:
             try:
                 return self._session.prompt()
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 print("(Ctrl-D ends the conversation)", file=sys.stderr, flush=True)
             except EOFError:

@@ -154,6 +154,19 @@ def test_the_prompt_edits_remembers_and_takes_several_lines(monkeypatch, capsys)
     assert "Ctrl-D ends the conversation" in capsys.readouterr().err
 
 
+def test_sigterm_ends_a_prompt_that_waits(monkeypatch):
+    with keys():
+        prompt = PromptQuestions()
+        happens = iter([KeyboardInterrupt, Terminated, EOFError])
+
+        def wait():
+            raise next(happens)
+
+        monkeypatch.setattr(prompt._session, "prompt", wait)
+        with pytest.raises(Terminated):
+            prompt.read()
+
+
 def test_a_closed_stdin_is_told(monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(UhdError, match="stdin is closed; give QUESTION"):
