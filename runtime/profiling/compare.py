@@ -10,7 +10,7 @@ import numpy as np
 
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.pipeline import open_chunked
-from uhd_export.runtime.profiling.facts import read_profile
+from uhd_export.runtime.profiling.facts import read_profile, whole
 from uhd_export.runtime.profiling.profiler import ProfileOptions
 from uhd_export.runtime.profiling.runs import FIRST_TOKEN, question_sequences, run_once
 from uhd_export.runtime.profiling.spread import Spread, is_steady
@@ -61,8 +61,14 @@ def compare(
     elif first.is_dir() or second.is_dir():
         raise UhdError(f"compare {first} {second}: one is a bundle, one is not; give two of a kind")
     else:
-        samples = _of_files(first, second)
-    paired = first.is_dir()
+        with whole(first, second):
+            return _compared(first, second, _of_files(first, second), paired=False)
+    return _compared(first, second, samples, paired=True)
+
+
+def _compared(
+    first: Path, second: Path, samples: dict[str, tuple[Samples, Samples]], *, paired: bool
+) -> Comparison:
     ratios = []
     for mode, (ours, theirs) in samples.items():
         for stage in (*FIRST_TOKEN, "first_token", "decode"):
@@ -142,4 +148,7 @@ def _of_files(first: Path, second: Path) -> dict[str, tuple[Samples, Samples]]:
 
 def _samples(mode: dict[str, Any]) -> Samples:
     stages = {name: tuple(mode["stages"][name]["seconds"]["samples"]) for name in (*FIRST_TOKEN, "decode")}
-    return stages | {"first_token": tuple(mode["first_token"]["samples"])}
+    found = stages | {"first_token": tuple(mode["first_token"]["samples"])}
+    if not all(found.values()):
+        raise ValueError("a stage without samples")
+    return found

@@ -1,5 +1,7 @@
 """A profile as plain facts, ready for JSON: what files, pictures and comparisons are made from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,3 +61,15 @@ def read_profile(path: Path) -> dict[str, Any]:
             "profile again"
         )
     return facts
+
+
+@contextmanager
+def whole(*paths: Path) -> Iterator[None]:
+    """What the block misses in facts that `read_profile` read from `paths` is told as a UhdError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        names = " ".join(map(str, paths))
+        raise UhdError(
+            f"profile {names}: not a whole profile ({type(error).__name__}: {error}); profile again"
+        ) from None

@@ -138,14 +138,16 @@ def profile(
         return
     assert bundle is not None
     if bundle.is_file():
-        from uhd_export.runtime.profiling.facts import read_profile
+        from uhd_export.runtime.profiling.facts import read_profile, whole
 
         if outputs.trace is not None:
             raise UhdError(f"--trace: needs a bundle that runs; {bundle} is a profile's file")
         refuse_given(_MEASURING | {"as_json"}, "needs a bundle, and not a profile's file; leave it out")
         if outputs == Outputs():
             raise UhdError(f"profile {bundle}: is a profile's file; give --html or --csv to make of it")
-        _write(read_profile(bundle), outputs)
+        facts = read_profile(bundle)
+        with whole(bundle):
+            _write(facts, outputs)
         return
     facts = _profile(bundle, measurement, outputs, opening, as_json)
     _write(facts, outputs)

@@ -251,6 +251,22 @@ def test_options_that_would_do_nothing_are_refused(fails, facts, tmp_path, given
     assert f"{given[0]}: is of" in refused and "leave it out" in refused
 
 
+@pytest.mark.parametrize("lost", ["modes", "size", "machine"])
+def test_a_profile_that_is_not_whole_is_told(fails, facts, tmp_path, lost):
+    saved = written(tmp_path / "p.json", facts)
+    cut = tmp_path / "cut.json"
+    cut.write_text(json.dumps({name: value for name, value in facts.items() if name != lost}))
+    for output in ("--html", "--csv"):
+        assert "cut.json: not a whole profile" in fails("profile", cut, output, tmp_path / "r")
+    if lost != "machine":  # which a comparison does not look at
+        assert "cut.json: not a whole profile" in fails("profile", "--compare", saved, cut)
+    none, empty = json.loads(saved.read_text()), tmp_path / "empty.json"
+    none["modes"][0]["first_token"]["samples"] = []
+    empty.write_text(json.dumps(none))
+    assert "not a whole profile" in fails("profile", "--compare", saved, empty)
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_profiles_file_alone_makes_nothing(fails, facts, tmp_path):
     saved = written(tmp_path / "p.json", facts)
     assert "give --html or --csv" in fails("profile", saved)
