@@ -168,13 +168,14 @@ def _profile(
     with opening.open(bundle) as pipeline:
         with progress_bar("profile") as bar:
             measured = profile_pipeline(pipeline, options, bar.set)
+        facts = describe_profile(measured)
+        if as_json:
+            print_json(facts)
+        else:
+            print_profile(measured)
+        # Last, since it opens the engines once more: where memory lacks room, what was measured is told.
         if outputs.trace is not None:
             write_trace(pipeline, options, outputs.trace)
-    facts = describe_profile(measured)
-    if as_json:
-        print_json(facts)
-    else:
-        print_profile(measured)
     return facts
 
 

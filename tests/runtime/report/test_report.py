@@ -251,6 +251,17 @@ def test_options_that_would_do_nothing_are_refused(fails, facts, tmp_path, given
     assert f"{given[0]}: is of" in refused and "leave it out" in refused
 
 
+def test_a_trace_that_fails_costs_no_figures(call, golden_bundle, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("uhd_export.runtime.profiling.trace.write_trace", fail)
+    short = ("--size", "100x100", "--repeats", 1, "--tokens", 1, "--grid", "fix", "--json")
+    done = call("profile", golden_bundle, *short, "--trace", tmp_path / "t.json")
+    assert done.exit_code == 2 and "not enough memory" in done.stderr, done.output
+    assert json.loads(done.stdout)["repeats"] == 1
+
+
 @pytest.mark.parametrize("lost", ["modes", "size", "machine"])
 def test_a_profile_that_is_not_whole_is_told(fails, facts, tmp_path, lost):
     saved = written(tmp_path / "p.json", facts)
