@@ -1,5 +1,6 @@
 """Numbers as people read and write them."""
 
+import math
 import re
 
 from uhd_export.runtime.errors import UhdError
@@ -19,6 +20,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as "8GB", "512 MiB" or "6g". Raises UhdError where it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
-    if found is None or not float(found[1]):
+    # Less than a byte would be nothing, which reads as not given.
+    size = 0.0 if found is None else float(found[1]) * _UNITS[found[2]]
+    if not 1 <= size < math.inf:
         raise UhdError(f"size {text!r}: give bytes with a unit, such as 8GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(size)

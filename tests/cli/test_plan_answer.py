@@ -83,6 +83,8 @@ def test_a_gpu_holds_the_whole_cache_in_float16(call):
         (["--memory", "8GB"], "--memory: is of an answer; give --model too"),
         (["--model", "vicuna-8b"], "--model 'vicuna-8b': give vicuna-7b"),
         (["--model", "nano", "--memory", "much"], "size 'much': give bytes with a unit"),
+        (["--model", "nano", "--memory", "0.5"], "size '0.5': give bytes with a unit"),
+        (["--model", "nano", "--memory", "9" * 400 + "GB"], "give bytes with a unit"),
         (["--model", "nano", "--device", "h9000"], "device 'h9000': must be one of H200"),
         (["--model", "nano", "--context", "9"], "--context 9: the prompt takes 1066 positions"),
     ],
