@@ -86,6 +86,8 @@ def test_eval_compares_two_bundles_on_data(call, golden_bundle, questions, image
 
 def test_eval_asks_for_data(fails, golden_bundle):
     assert "need --data" in fails("eval", golden_bundle, "--compare", golden_bundle)
+    for name in ("--max-new-tokens", "--slots", "--image-cache"):
+        assert f"{name}: is for --data" in fails("eval", golden_bundle, "--count", 1, name, 3)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from uhd_export.cli.command import Command, option
+from uhd_export.cli.given import refuse_given
 from uhd_export.cli.opening import PipelineOptions, pipeline_options
 from uhd_export.cli.options import COUNT, bundle_argument, json_option
 from uhd_export.cli.serving import SlotOptions, slot_options
@@ -39,6 +40,7 @@ def evaluate(
     elif compare is not None or image_root is not None:
         raise UhdError("--compare and --image-root: need --data, the questions")
     else:
+        refuse_given({"tokens", "slots", "image_cache"}, "is for --data; leave it out with card images")
         _evaluate_cards(bundle, count or 200, opening, as_json)
 
 
