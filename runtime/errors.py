@@ -51,6 +51,7 @@ _DISK = {
 _MEMORY = "not enough memory; close other programs, or use a smaller model, context or precision"
 _THREADS = "no more threads or processes can be started; lower --threads, or raise the limit (ulimit -u, -v)"
 _OPEN_FILES = "too many open files; close other programs, or raise the limit (ulimit -n)"
+_TEMPORARY = "no folder for temporary files can be written; set TMPDIR to one that can"
 # What libraries say that raise an exception of their own for a failed allocation, thread or write.
 _NO_MEMORY = re.compile(
     "can(no|')t allocate memory|failed to allocate memory|out of memory|bad allocation|bad_alloc"
@@ -63,6 +64,7 @@ _NO_THREADS = re.compile(
 )
 # numpy's tofile tells, without a number, how much of an array could be written.
 _NO_SPACE = re.compile(r"no space left|os error 28|\d+ requested and \d+ written", re.IGNORECASE)
+_NO_TEMPORARY = re.compile("no usable temporary directory", re.IGNORECASE)
 # Packages that not every installation has, with the extra of ours that brings them.
 _EXTRAS = {
     **dict.fromkeys(("huggingface_hub", "onnx", "onnx_ir"), "export"),
@@ -109,6 +111,8 @@ def _out_of(error: BaseException) -> str | None:
             return _THREADS
         if error.errno == errno.ENOMEM:
             return _MEMORY
+        if _NO_TEMPORARY.search(text):
+            return _TEMPORARY
     if is_disk_full(error):
         return _FULL
     if _NO_THREADS.search(text):

@@ -47,6 +47,8 @@ def test_content_is_on_disk_before_the_name(tmp_path, monkeypatch):
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads"),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "too many open files"),
         (OSError(errno.EFBIG, "File too large", "/x"), "/x: file too large"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "/x: file name too long"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "no folder"),
         (OSError("20 requested and 7 written"), "disk full"),
     ],
 )
