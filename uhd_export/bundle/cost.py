@@ -26,7 +26,7 @@ class Cost:
     `checkpoint` is the GPTQ checkpoint written first, `temporary` a graph that is calibrated on, or those
     that engines are built from. `sizes` are those of the parts in numbers; `seconds` what each stage of the
     build takes, GPTQ's aside, on the machine on which rates were measured; `rounded` says whether anything is
-    stored in fewer bits than a float's.
+    computed otherwise than in float32.
     """
 
     parts: dict[str, int]
@@ -85,9 +85,10 @@ def estimate_cost(
         backend=options.backend,
     )
     seconds = expected_seconds(units)
-    if verify and options.questions and (int8 or quantization is not None):
+    rounded = options.rounded or quantization is not None
+    if verify and options.questions and rounded:
         seconds[PARITY] += expected_seconds({ASKING: (0, options.questions)})[ASKING]
-    return Cost(parts, checkpoint, temporary, sizes, seconds, int8 or quantization is not None)
+    return Cost(parts, checkpoint, temporary, sizes, seconds, rounded)
 
 
 def model_sizes(config: CheckpointConfig) -> Sizes:

@@ -89,3 +89,8 @@ class BuildOptions:
     def cache_type(self) -> str:
         """The type of keys and values."""
         return self.cache or self.precision
+
+    @property
+    def rounded(self) -> bool:
+        """Whether anything beside the language model's weights is computed otherwise than in float32."""
+        return self.vision_weights == "int8" or {self.precision, self.cache_type} != {"float32"}

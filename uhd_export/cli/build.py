@@ -195,12 +195,7 @@ def _gptq_questions(source: str, calibration: CalibrationOptions) -> int | None:
 def _rounds(options: BuildOptions) -> bool:
     """Whether anything of the bundle is rounded, beside what GPTQ does."""
     weights = options.weights
-    return (
-        weights.weights == "int4-rtn"
-        or weights.lm_head not in (AUTO, "dense")
-        or options.vision_weights == "int8"
-        or options.cache_type != options.precision
-    )
+    return weights.weights == "int4-rtn" or weights.lm_head not in (AUTO, "dense") or options.rounded
 
 
 def _gptq_folder(output: Path) -> Path:

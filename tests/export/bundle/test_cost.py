@@ -94,6 +94,18 @@ def test_questions_are_a_part_of_parity():
     assert costs[1] - costs[0] == pytest.approx(20 * measured()["rates"]["seconds"]["asking"][1])
 
 
+@pytest.mark.parametrize("given", [{"dtype": "float16"}, {"cache": "int8"}, {"vision_weights": "int8"}])
+def test_questions_are_a_part_of_parity_where_weights_are_not_rounded(given):
+    """And that their loss is measured is said."""
+    config = parse_config(VICUNA_7B, KNOWN_TOWERS[TOWER])
+    costs = [
+        estimate_cost(config, BuildOptions(questions=questions, **given), None, quantizing=False, verify=True)
+        for questions in (0, 20)
+    ]
+    assert all(cost.rounded for cost in costs)
+    assert costs[1].seconds["parity"] > costs[0].seconds["parity"]
+
+
 def test_every_stage_has_a_rate():
     sizes = Sizes(1000, 2000, 300)
     for backend in ("onnxruntime", "tensorrt-rtx"):

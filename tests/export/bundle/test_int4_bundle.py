@@ -290,9 +290,15 @@ def test_questions_may_be_counted_wherever_nano_is_rounded(tmp_path, monkeypatch
         raise Stop
 
     monkeypatch.setattr("uhd_export.bundle.build.build_bundle", stop)
-    for rounded in (("--weights", "int4-rtn"), ("--lm-head", "int8"), ("--vision-weights", "int8")):
+    for rounded in (
+        ("--weights", "int4-rtn"),
+        ("--lm-head", "int8"),
+        ("--vision-weights", "int8"),
+        ("--cache", "int8"),
+        ("--dtype", "float16"),
+    ):
         _build("nano", "-o", tmp_path / "out", *rounded, "--eval", 5)
-    assert asked == [5, 5, 5]
+    assert asked == [5] * 5
     assert "--eval: is for calibration" in _build("nano", "-o", tmp_path / "out", "--eval", 5).output
 
 
