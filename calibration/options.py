@@ -30,6 +30,8 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         """Raise UhdError naming the first option out of range."""
+        if self.image_root is not None and self.data is None:
+            raise UhdError(f"image-root {self.image_root}: is where paths of --data start; give both")
         if self.samples < MIN_SAMPLES:
             raise UhdError(f"samples {self.samples}: too few to calibrate on; at least {MIN_SAMPLES}")
         if self.held_out < 1:

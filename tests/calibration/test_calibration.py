@@ -425,3 +425,9 @@ def test_half_written_work_is_not_taken_for_finished(tmp_path):
     work.layer_file(0).write_bytes(work.layer_file(0).read_bytes()[:-100])
     with pytest.raises(UhdError, match=r"layer-00000.safetensors: missing or damaged"):
         work.layer_quality(0)
+
+
+def test_where_paths_start_is_refused_without_the_data_that_has_them(tmp_path):
+    with pytest.raises(UhdError, match=r"image-root .*: is where paths of --data start; give both"):
+        CalibrationOptions(image_root=tmp_path)
+    CalibrationOptions(data=tmp_path / "pairs.jsonl", image_root=tmp_path)

@@ -257,7 +257,7 @@ def test_build_quantizes_what_is_not_quantized(plain, tmp_path, calibrated):
     assert (result.exit_code, len(calibrated)) == (0, 2)
 
 
-@pytest.mark.parametrize("option", ["--data", "--image-root", "--samples", "--length", "--seed", "--eval"])
+@pytest.mark.parametrize("option", ["--data", "--samples", "--length", "--seed", "--eval"])
 def test_options_of_calibration_are_refused_where_nothing_is_calibrated(plain, tmp_path, option):
     out = tmp_path / "out"
     for weights in ("auto", "dense", "int4-rtn"):
