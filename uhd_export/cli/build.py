@@ -108,6 +108,7 @@ def build(
 
     for note in preset_notes(click.get_current_context(), preset) if preset else ():
         click.echo(note, err=True)
+    _refuse_ineffective(folder, options, calibration, verify)
     quantize = _quantizer(source, folder, output, options, calibration)
     if quantize is not None:  # the checkpoint's own groups are built
         options = replace(options, weights=replace(options.weights, group=None))
@@ -138,6 +139,22 @@ def build(
         )
     print_parity(manifest.parity)
     click.echo(f"{output}: {len(manifest.files)} files, {format_bytes(total_bytes(manifest))}")
+
+
+def _refuse_ineffective(
+    found: Path, options: BuildOptions, calibration: CalibrationOptions, verify: bool
+) -> None:
+    """Raise UhdError for a given option that changes nothing of what is built or measured."""
+    from uhd_export.checkpoint.int4.settings import is_quantized
+
+    weights = options.weights
+    packed = weights.weights in ("int4", "int4-rtn") or weights.lm_head not in (AUTO, "dense")
+    if options.engines is not None:
+        refuse_given({"activations"}, "is for --backend onnxruntime; engines have activations of --dtype")
+    elif not (packed or (weights.weights == AUTO and is_quantized(found))):
+        refuse_given({"activations"}, "is for integer weights; give it with --weights int4 or int4-rtn")
+    if not verify and calibration.questions and weights.weights != "int4":
+        refuse_given({"questions"}, "is asked where parity is measured; leave --no-verify out")
 
 
 def _questions(source: str, calibration: CalibrationOptions) -> int:

@@ -302,6 +302,33 @@ def test_questions_may_be_counted_wherever_nano_is_rounded(tmp_path, monkeypatch
     assert "--eval: is for calibration" in _build("nano", "-o", tmp_path / "out", "--eval", 5).output
 
 
+def test_options_that_would_change_nothing_are_refused(plain, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        "uhd_export.bundle.build.build_bundle", lambda *arguments, options, **rest: built.append(options)
+    )
+    gptq, out = _gptq(plain, tmp_path / "gptq"), tmp_path / "out"
+
+    def build(source, *options):
+        return _build(source, "-o", out, *options).output
+
+    activations = "--activations", "float"
+    for given in ((), ("--weights", "dense"), ("--cache", "int8")):
+        assert "--activations: is for integer weights" in build(plain, *activations, *given)
+    assert "--activations: is for integer weights" in build(gptq, *activations, "--weights", "dense")
+    engines = "--backend", "tensorrt-rtx", "--weights", "int4-rtn"
+    assert "--activations: is for --backend onnxruntime" in build(plain, *activations, *engines)
+    rounded = "--weights", "int4-rtn", "--eval", 5
+    assert "--eval: is asked where parity is measured" in build("nano", *rounded, "--no-verify")
+    assert built == []
+    build(gptq, *activations)
+    build(plain, *activations, "--lm-head", "int4")
+    build(plain, *activations, "--weights", "int4-rtn")
+    build("nano", *rounded)
+    build("nano", "--weights", "int4", "--eval", 5, "--no-verify")  # of GPTQ's models
+    assert len(built) == 5
+
+
 def test_the_folder_one_is_in_may_be_the_output(tmp_path, monkeypatch, calibrated):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
