@@ -65,7 +65,7 @@ def estimate_cost(
     bits = None if quantization is None else quantization.head_bits
     vision = vision_bytes(config.model, replace(options, vision_weights="dense"))
     int8 = options.vision_weights == "int8"
-    tables = language.context * language.head_size * item
+    tables = (options.context or language.context) * language.head_size * item
     parts = {
         "weights": tables + (weights * item if method is None else _rounded(weights, 4, group, item)),
         "head": head * item if bits is None else _rounded(head, bits, head_group(language), item),

@@ -73,6 +73,11 @@ def test_the_prediction_is_what_a_bundle_becomes(tmp_path):
     assert cost.checkpoint == 0
 
 
+def test_rotary_tables_are_as_long_as_the_context_asked_for():
+    whole, short = (predicted(BuildOptions(context=context), "dense").parts for context in (None, 1024))
+    assert whole["weights"] - short["weights"] == (4096 - 1024) * 128 * 4
+
+
 @pytest.mark.slow
 def test_the_stages_foreseen_are_those_that_come(tmp_path, monkeypatch):
     begun, costs, begin = [], [], progress._Overall.begin
