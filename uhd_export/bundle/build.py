@@ -95,6 +95,7 @@ def build_bundle(
         on_cost(cost)
     if verify:
         _refuse_unverifiable()
+    chosen = list((pairs or _patterns)()) if "int8" in (options.vision_weights, options.cache) else []
     expect(cost.seconds)
     before = folder
     if quantize is not None:
@@ -102,7 +103,6 @@ def build_bundle(
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         quantization = resolve(checkpoint, config.language, options.weights)
         with staged_folder(out, force=force, needed=cost.staging) as staging:
-            chosen = list((pairs or _patterns)()) if "int8" in (options.vision_weights, options.cache) else []
             vision = _plan_int8(checkpoint, config, staging, options, chosen, progress)
             _write_vision(checkpoint, config, staging, options, vision, progress)
             stored = as_stored(checkpoint, config.language, quantization)

@@ -241,6 +241,17 @@ def test_a_build_that_cannot_be_is_refused_before_anything_is_quantized(
     assert result.output.count("\n") == 1
 
 
+@pytest.mark.parametrize("eight", [("--vision-weights", "int8"), ("--cache", "int8")])
+def test_data_that_8_bits_cannot_be_calibrated_on_is_refused_before_anything_is_quantized(
+    tmp_path, calibrated, eight
+):
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"image": null, "question": "What is two and two?", "answer": "4"}\n')
+    result = _build("nano", "-o", tmp_path / "out", "--weights", "int4", "--data", data, *eight)
+    assert f"{data}: holds no image to calibrate on" in result.output
+    assert calibrated == []
+
+
 def test_build_quantizes_what_is_not_quantized(plain, tmp_path, calibrated):
     gptq, out = _gptq(plain, tmp_path / "gptq"), tmp_path / "out"
     result = _build(
