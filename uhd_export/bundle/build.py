@@ -166,11 +166,12 @@ def _check_before(
         weights = replace(options.weights, weights="int4-rtn") if quantizing else options.weights
         quantization = resolve(checkpoint, config.language, weights)
         linear_format(checkpoint, config.language, quantization, options.dialect)
-    tokenizer = checkpoint_tokenizer(folder)  # which raises where there is none
-    if options.context is not None:
-        _refuse_small_context(options.context, config, tokenizer)
-        check_context(config.language, options.context)
-    return estimate_cost(config, options, quantization, quantizing=quantizing, verify=verify)
+        tokenizer = checkpoint_tokenizer(folder)  # which raises where there is none
+        if options.context is not None:
+            _refuse_small_context(options.context, config, tokenizer)
+            check_context(config.language, options.context)
+        gptq = checkpoint if isinstance(checkpoint, GptqCheckpoint) else None
+        return estimate_cost(config, options, quantization, quantizing=quantizing, verify=verify, gptq=gptq)
 
 
 def _refuse_unverifiable() -> None:

@@ -9,7 +9,8 @@ from uhd_export.bundle.presets import PRESETS, Preset, measured
 from uhd_export.bundle.size import vision_bytes
 from uhd_export.bundle.stages import ASKING, PARITY, Sizes, build_units, expected_seconds
 from uhd_export.checkpoint.config import CheckpointConfig
-from uhd_export.checkpoint.int4.linears import head_group, linear_shapes
+from uhd_export.checkpoint.int4.gptq import GptqCheckpoint
+from uhd_export.checkpoint.int4.linears import LM_HEAD, head_group, linear_shapes
 from uhd_export.runtime.bundle.manifest import Quantization
 from uhd_export.runtime.units import format_bytes
 
@@ -54,8 +55,12 @@ def estimate_cost(
     *,
     quantizing: bool,
     verify: bool,
+    gptq: GptqCheckpoint | None = None,
 ) -> Cost:
-    """The cost of a build whose language model is stored as `quantization` says; `quantizing` it first."""
+    """The cost of a build whose language model is stored as `quantization` says; `quantizing` it first.
+
+    `gptq` is the checkpoint whose integers are kept, where they are there already.
+    """
     language = config.language
     item = np.dtype(options.precision).itemsize
     method = None if quantization is None else quantization.method
@@ -72,6 +77,12 @@ def estimate_cost(
         "embeddings": head * (item if method is None else _STORED),
         "vision": vision_bytes(config.model, options),
     }
+    if gptq is not None and method == "gptq":
+        parts["weights"] = tables + sum(
+            _kept(gptq, name, n * k, item) for name, (n, k) in linear_shapes(language).items()
+        )
+        if bits is None:
+            parts["head"] = _kept(gptq, LM_HEAD, head, item)
     kept = _STORED * (head * (1 if language.tied else 2) + vision // item)
     checkpoint = kept + _rounded(weights, 4, group, _STORED) if quantizing else 0
     temporary = vision if int8 else 0
@@ -134,6 +145,13 @@ def loss_line(options: BuildOptions) -> str:
 
 def _rounded(count: int, bits: int, group: int, item: int) -> int:
     return count * bits // 8 + count // group * item
+
+
+def _kept(gptq: GptqCheckpoint, name: str, count: int, item: int) -> int:
+    """Bytes of a layer of `count` weights: bits and groups are its own; it may not be quantized at all."""
+    if not gptq.is_quantized(name):
+        return count * item
+    return _rounded(count, gptq.bits(name), gptq.group(name), item)
 
 
 def _duration(seconds: float) -> str:

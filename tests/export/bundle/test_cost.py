@@ -1,6 +1,7 @@
 """What a build says that it takes, beside what it took."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_the_prediction_is_what_a_bundle_becomes(tmp_path):
     assert cost.parts["embeddings"] == pytest.approx(sizes["embeddings.npy"], rel=0.01)
     assert cost.parts["vision"] < sizes["vision.onnx.data"] < 3 * cost.parts["vision"]
     assert cost.checkpoint == 0
+
+
+def test_integers_that_a_checkpoint_has_are_counted_in_its_own_bits_and_groups():
+    bits = {"mlp.down_proj": 8, "self_attn.o_proj": None}  # None is not quantized
+
+    def own(name):
+        return bits.get(name.partition(".layers.")[2].partition(".")[2], 4)
+
+    gptq = SimpleNamespace(is_quantized=lambda name: own(name) is not None, bits=own, group=lambda name: 64)
+    config = parse_config(VICUNA_7B, KNOWN_TOWERS[TOWER])
+    kept = Quantization("gptq", 64, True, False, "dense", "int8")
+    cost = estimate_cost(config, BuildOptions(), kept, quantizing=False, verify=False, gptq=gptq)
+    square, wide, tables = 4096**2, 4096 * 11008, 4096 * 128 * 4
+    four, eight = 1 / 2 + 4 / 64, 1 + 4 / 64
+    layer = 3 * square * four + square * 4 + 2 * wide * four + wide * eight
+    assert cost.parts["weights"] == tables + 32 * layer
+    assert cost.parts["head"] == 32000 * 4096 * four  # as the checkpoint has it, where none is asked for
 
 
 def test_rotary_tables_are_as_long_as_the_context_asked_for():
