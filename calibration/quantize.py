@@ -99,11 +99,13 @@ def quantize(
     for name, (_, inputs) in linear_shapes(config.language).items():
         check_group(name, inputs, gptq.group_size)
     calibration.check_context(config.language.context)
-    if pairs is None:
-        pairs = _pairs(calibration, say)
     questions = calibration.questions
     if questions is None:
         questions = QUESTIONS if str(source) == NANO else 0
+    if not present:
+        require_memory(config, calibration, questions)  # before pairs, which may be as many images in memory
+    if pairs is None:
+        pairs = _pairs(calibration, say)
     settings = config.settings(options.images)
     record: dict[str, Any] = {
         "gptq": asdict(gptq),
@@ -122,7 +124,6 @@ def quantize(
                 Work(work_folder(out)).remove()
         say(f"{out}: quantized before, taken as it is")
         return report
-    require_memory(config, calibration, questions)
     files_beside_weights(folder)  # which raises where one may not be copied, before hours of work
     work = Work(work_folder(out))
     raw = read_json(Path(options.reading.config) if options.reading.config else folder / "config.json")

@@ -619,3 +619,11 @@ def test_killed_again_and_again_it_comes_to_the_same_bundle(source, quantized, t
     verify_files(out, manifest, remembered=False)
     assert manifest.quantization.method == "gptq"
     assert leftovers(tmp_path) == ["out", "out-gptq"]
+
+
+def test_memory_is_asked_for_before_as_many_images_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("uhd_export.calibration.quantize.card_pairs", lambda *arguments: pytest.fail("drawn"))
+    options = QuantizeOptions(calibration=CalibrationOptions(samples=1_000_000, questions=0))
+    with pytest.raises(UhdError, match=r"quantizing needs about .* lower --samples or --length"):
+        quantize("nano", tmp_path / "out", options=options)
