@@ -1,6 +1,6 @@
 """How much memory quantizing takes, so that a machine that is too small says so at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uhd_export.calibration.gptq import ERROR_ROWS
 from uhd_export.calibration.options import CalibrationOptions
@@ -63,7 +63,7 @@ def require_memory(config: CheckpointConfig, options: CalibrationOptions, questi
     """The estimate. Raises UhdError where the machine has less."""
     estimate, available = estimate_memory(config, options, questions), available_memory()
     if available is not None and estimate.total > available:
-        if estimate.whole:
+        if replace(estimate, whole=0).total <= available:  # it is the questions that are too much
             cause, size, remedy = "whole models in float32", estimate.whole, "use --eval 0"
         else:
             cause, size = "activations", estimate.activations

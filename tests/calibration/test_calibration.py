@@ -390,6 +390,9 @@ def test_memory_is_estimated_before_anything_starts(golden, monkeypatch):
     monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: asked.total - 1)
     with pytest.raises(UhdError, match=r"GB of it for whole models in float32.* use --eval 0"):
         require_memory(config, options, 10)
+    monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: estimate.total - 1)
+    with pytest.raises(UhdError, match=r"for activations.* lower --samples or --length"):
+        require_memory(config, options, 10)  # without questions it would not fit either
     monkeypatch.setattr("uhd_export.calibration.estimate.available_memory", lambda: None)
     assert require_memory(config, options, 0) == estimate
 
