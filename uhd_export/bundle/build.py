@@ -100,6 +100,7 @@ def build_bundle(
     before = folder
     if quantize is not None:
         source = folder = quantize()
+        options = replace(options, weights=replace(options.weights, group=None))  # now they are its own
     with closing(open_checkpoint(folder, config.language.vocab)) as checkpoint:
         quantization = resolve(checkpoint, config.language, options.weights)
         with staged_folder(out, force=force, needed=cost.staging) as staging:

@@ -110,8 +110,6 @@ def build(
         click.echo(note, err=True)
     _refuse_ineffective(folder, options, calibration, verify)
     quantize = _quantizer(source, folder, output, options, calibration)
-    if quantize is not None:  # the checkpoint's own groups are built
-        options = replace(options, weights=replace(options.weights, group=None))
     options = replace(options, questions=_questions(source, calibration))
 
     def tell(cost: Cost) -> None:

@@ -252,6 +252,18 @@ def test_data_that_8_bits_cannot_be_calibrated_on_is_refused_before_anything_is_
     assert calibrated == []
 
 
+def test_the_cost_of_what_is_yet_to_be_quantized_is_of_the_groups_asked_for(tmp_path, calibrated):
+    told = [
+        _build("nano", "-o", tmp_path / "out", "--weights", "int4", "--group-size", group).output
+        for group in (32, 64)
+    ]
+    weights, tables = 3 * (4 * 128**2 + 3 * 128 * 384), 4096 * 32 * 4
+    for text, group in zip(told, (32, 64), strict=True):
+        size = tables + weights // 2 + weights // group * 4
+        assert f"weights {size / 1e3:.1f} kB" in text
+    assert len(calibrated) == 2
+
+
 def test_build_quantizes_what_is_not_quantized(plain, tmp_path, calibrated):
     gptq, out = _gptq(plain, tmp_path / "gptq"), tmp_path / "out"
     result = _build(
