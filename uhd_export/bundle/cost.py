@@ -27,7 +27,7 @@ class Cost:
     `checkpoint` is the GPTQ checkpoint written first, `temporary` a graph that is calibrated on, or those
     that engines are built from. `sizes` are those of the parts in numbers; `seconds` what each stage of the
     build takes, GPTQ's aside, on the machine on which rates were measured; `rounded` says whether anything is
-    computed otherwise than in float32.
+    computed otherwise than in float32, `original` whether the checkpoint before any rounding is at hand.
     """
 
     parts: dict[str, int]
@@ -36,6 +36,7 @@ class Cost:
     sizes: Sizes
     seconds: dict[str, float]
     rounded: bool
+    original: bool = True
 
     @property
     def bundle(self) -> int:
@@ -99,7 +100,7 @@ def estimate_cost(
     rounded = options.rounded or quantization is not None
     if verify and options.questions and rounded:
         seconds[PARITY] += expected_seconds({ASKING: (0, options.questions)})[ASKING]
-    return Cost(parts, checkpoint, temporary, sizes, seconds, rounded)
+    return Cost(parts, checkpoint, temporary, sizes, seconds, rounded, original=gptq is None)
 
 
 def model_sizes(config: CheckpointConfig) -> Sizes:
@@ -125,16 +126,21 @@ def cost_lines(cost: Cost, options: BuildOptions, gptq_seconds: float, gptq_fold
     machine = measured()["rates"]["machine"]
     takes = f"; takes about {_duration(seconds)} on a {machine}" if seconds >= _WORTH_SAYING else ""
     lines.append(f"needs {format_bytes(disk)} of disk{beside}{takes}")
-    return [*lines, loss_line(options)] if cost.rounded else lines
+    return [*lines, loss_line(options, cost.original)] if cost.rounded else lines
 
 
-def loss_line(options: BuildOptions) -> str:
-    """What the preset that chooses as `options` do lost on the embedded model; none may."""
+def loss_line(options: BuildOptions, original: bool = True) -> str:
+    """What the preset that chooses as `options` do lost on the embedded model; none may.
+
+    Then it is measured, against the `original` checkpoint where that is at hand.
+    """
     weights = options.weights
     chosen = Preset(weights.weights, weights.lm_head, options.vision_weights, options.cache, options.dtype)
     found = next((name for name, preset in PRESETS.items() if preset == chosen), None)
     table = measured()["presets"]
     if found not in table or options.engines is not None or weights.activations != "int8":
+        if not original:
+            return "what these options lose is not measured: the checkpoint was quantized before"
         return "what these options lose is measured at the end, unless --no-verify"
     exact, own = table["exact"], table[found]
     return (

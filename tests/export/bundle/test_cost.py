@@ -88,6 +88,9 @@ def test_integers_that_a_checkpoint_has_are_counted_in_its_own_bits_and_groups()
     four, eight = 1 / 2 + 4 / 64, 1 + 4 / 64
     layer = 3 * square * four + square * 4 + 2 * wide * four + wide * eight
     assert cost.parts["weights"] == tables + 32 * layer
+    assert cost_lines(cost, BuildOptions(), 0.0, "")[-1].endswith(
+        "not measured: the checkpoint was quantized before"
+    )
     assert cost.parts["head"] == 32000 * 4096 * four  # as the checkpoint has it, where none is asked for
 
 
