@@ -120,6 +120,11 @@ def test_options_of_engines_need_a_backend_that_builds_them(fails, tmp_path, opt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_scratch_memory_than_tensorrt_can_count_is_refused_at_once(fails, tmp_path):
+    options = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--workspace", 10**14)
+    assert "'--workspace'" in fails("build", "nano", "-o", tmp_path / "out", *options)
+
+
 @pytest.fixture
 def on_faked_gpu(spoken_checkpoint, tmp_path, monkeypatch):
     """The golden bundle's model as engines on a faked GPU, which is given too."""

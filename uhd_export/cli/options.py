@@ -17,6 +17,7 @@ from uhd_export.runtime.choices import (
     GRID_MODES,
     GROUP_SIZES,
     HEADS,
+    LARGEST_SIZE,
     LAYOUTS,
     ROI_ROUNDINGS,
     TEMPLATE_ALIASES,
@@ -260,7 +261,11 @@ engine_options = concern(
     ),
     option("--plugins/--no-plugins", default=True, help="Engines with our own kernels.", section=ENGINES),
     option(
-        "--workspace", type=COUNT, metavar="MIB", help="Scratch memory of engine layers.", section=ENGINES
+        "--workspace",
+        type=click.IntRange(1, LARGEST_SIZE),
+        metavar="MIB",
+        help="Scratch memory of engine layers.",
+        section=ENGINES,
     ),
     option(
         "--attention-accumulation",
