@@ -53,6 +53,7 @@ class Context:
         self._shapes: dict[str, Shape] = {}
         self._outputs: dict[str, DeviceArray] = {}
         self._addresses: dict[str, int] = {}
+        self._needs = 0  # bytes of scratch for these shapes
         self._captured: dict[tuple[Any, ...], int] = {}
         self._seen: tuple[tuple[Any, ...], int] = ((), 0)
 
@@ -83,6 +84,8 @@ class Context:
             if self._addresses.get(name) != array.address:
                 self._done(self.context.set_tensor_address(name, array.address), f"place of {name}")
                 self._addresses[name] = array.address
+        # Others share it, and where there was no room for what one of them asked it is gone.
+        self._scratch.ensure(self._needs)
         if self._addresses.get(_SCRATCH) != self._scratch.address:
             self.context.set_device_memory(self._scratch.address, self._scratch.nbytes)
             self._addresses[_SCRATCH] = self._scratch.address
@@ -115,7 +118,7 @@ class Context:
         return DeviceArray(buffer, buffer.address, tuple(feed.shape), feed.dtype)
 
     def _set_shapes(self, shapes: dict[str, Shape]) -> None:
-        """Choose the profile, tell the shapes, and make room for activations."""
+        """Choose the profile, tell the shapes, and ask what activations take."""
         self._drop_graphs()  # a captured graph holds what the context was then
         self._addresses.clear()  # what a change of profile keeps is not documented
         index = self._choose_profile(shapes)
@@ -124,7 +127,7 @@ class Context:
             self._profile = index
         for name, shape in shapes.items():
             self._done(self.context.set_input_shape(name, shape), f"shape of {name}")
-        self._scratch.ensure(self.context.update_device_memory_size_for_shapes())
+        self._needs = self.context.update_device_memory_size_for_shapes()
 
     def _place_outputs(self, places: Mapping[str, DeviceArray]) -> None:
         """Buffers for the outputs that are not bound; those written in place lie where their input is."""

@@ -369,6 +369,28 @@ def test_kept_memory_makes_room(monkeypatch):
         DeviceArray.allocate(cuda, (1300,), np.uint8)
 
 
+def test_after_a_prompt_too_large_for_memory_decoding_has_its_own_again(machine, language, monkeypatch):
+    engine, cuda, _ = machine(*language)
+    decoder, embeds = Decoder(engine, CONTEXT), embeddings(60)
+    expected = reference(tiny_model(*TINY), embeds)
+    decoder.prefill(embeds[:, :10])
+    decoder.step(embeds[0, 10])
+    scratch, allocate = tensorrt_engine._shared_scratch(cuda), cuda.allocate
+
+    def scarce(nbytes):
+        if nbytes > before:
+            raise UhdError("GPU memory: not enough")
+        return allocate(nbytes)
+
+    before = scratch.nbytes
+    monkeypatch.setattr(cuda, "allocate", scarce)
+    with pytest.raises(UhdError, match="not enough"):
+        decoder.prefill(embeds[:, 11:])
+    assert scratch.nbytes < before  # it was given back for a larger one
+    decoder.rewind(11)
+    assert difference(decoder.step(embeds[0, 11]), expected[11]) < 5e-6
+
+
 def test_layer_times_are_a_trace(machine, language, tmp_path):
     engine, cuda, _ = machine(*language, rtx=False, profile=tmp_path / "trace")
     decoder = Decoder(engine, CONTEXT)
