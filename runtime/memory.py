@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uhd_export.runtime.gpu import ask_gpu
+
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _STATM = Path("/proc/self/statm")
@@ -61,12 +63,8 @@ def _droppable(stat: Path) -> int:
 
 def free_device_memory(number: int = 0) -> int | None:
     """Bytes that are free on the GPU of that number, as NVIDIA's own tool tells; None where it does not."""
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(told.split()[number]) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+    told = ask_gpu("memory.free", number)
+    return int(told) << 20 if told is not None and told.strip().isdecimal() else None
 
 
 def peak_memory() -> int | None:

@@ -6,14 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from uhd_export.runtime.engines.device import parse_device
+from uhd_export.runtime.gpu import tool_id
+
 _RAPL = Path("/sys/class/powercap")
 _SECONDS = 0.2
 _WATTS = [
     "nvidia-smi",
     "--query-gpu=power.draw",
     "--format=csv,noheader,nounits",
-    "-i",
-    "0",
     f"--loop-ms={int(_SECONDS * 1000)}",
 ]
 
@@ -25,14 +26,15 @@ class EnergyMeter:
     """
 
     def __init__(self, device: str) -> None:
-        self._device, self.joules = device, dict[str, float]()
+        self._device, self.joules = parse_device(device), dict[str, float]()
 
     def __enter__(self) -> Self:
         self._gpu = None
-        if self._device != "cpu":
+        if self._device.kind != "cpu":
+            command = [*_WATTS, f"--id={tool_id(self._device.number)}"]
             try:
                 self._gpu = subprocess.Popen(
-                    _WATTS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
                 )
             except OSError:
                 self._gpu = None

@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
+
+from uhd_export.runtime.engines.device import parse_device
+from uhd_export.runtime.gpu import ask_gpu
 
 # Above this share of the processors, figures are of a machine that did something else as well.
 BUSY = 0.1
@@ -25,7 +27,8 @@ def machine(device: str, threads: int | None) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    return facts if device == "cpu" else {**facts, "gpu": _gpu()}
+    kind, number = parse_device(device)
+    return facts if kind == "cpu" else {**facts, "gpu": ask_gpu("name,driver_version", number) or "unknown"}
 
 
 def versions() -> dict[str, str]:
@@ -72,13 +75,3 @@ def _processor() -> str:
     except OSError:
         found = None
     return found.split(":", 1)[1].strip() if found else platform.processor() or "unknown"
-
-
-def _gpu() -> str:
-    """Name and driver of the first GPU, as NVIDIA's own tool tells."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return (told.splitlines() or ["unknown"])[0]

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from uhd_export.runtime.engines.device import Device, parse_device
 from uhd_export.runtime.engines.product import product
+from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, prepare_cuda
 from uhd_export.runtime.errors import UhdError
 
 _REPEATS = 4
@@ -34,13 +36,13 @@ def measure_rates(backend: str, device: str, threads: int | None) -> Rates | Non
     """Of `device` with `threads`; None where ONNX Runtime, which measures them, is not what runs there."""
     if backend != "onnxruntime":
         return None
-    kind = "cpu" if device == "cpu" else "cuda"
-    dtype = np.dtype(np.float32 if kind == "cpu" else np.float16)
-    side, (inner, columns) = _SQUARE[kind], _VECTOR[kind]
+    place = parse_device(device)
+    dtype = np.dtype(np.float32 if place.kind == "cpu" else np.float16)
+    side, (inner, columns) = _SQUARE[place.kind], _VECTOR[place.kind]
     try:
-        session = _session(kind, dtype, threads)
-        square = _best(session, kind, dtype, side, side, side)
-        vector = _best(session, kind, dtype, 1, inner, columns)
+        session = _session(place, dtype, threads)
+        square = _best(session, place, dtype, side, side, side)
+        vector = _best(session, place, dtype, 1, inner, columns)
     except (ImportError, UhdError, RuntimeError, MemoryError):
         return None
     return Rates(
@@ -51,24 +53,27 @@ def measure_rates(backend: str, device: str, threads: int | None) -> Rates | Non
     )
 
 
-def _session(kind: str, dtype: np.dtype[Any], threads: int | None) -> Any:
+def _session(place: Device, dtype: np.dtype[Any], threads: int | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    provider = "CPUExecutionProvider" if kind == "cpu" else "CUDAExecutionProvider"
-    return ort.InferenceSession(product(dtype), options, providers=[provider])
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if place.kind != "cpu":
+        prepare_cuda(ort)
+        providers = [(CUDA_PROVIDER, {"device_id": str(place.number), "enable_cudnn": "0"})]
+    return ort.InferenceSession(product(dtype), options, providers=providers)
 
 
-def _best(session: Any, kind: str, dtype: np.dtype[Any], rows: int, inner: int, columns: int) -> float:
+def _best(session: Any, place: Device, dtype: np.dtype[Any], rows: int, inner: int, columns: int) -> float:
     """Seconds of the fastest of a few products, on tensors that stay on the device."""
     import onnxruntime as ort
 
     binding = session.io_binding()
     shapes = {"a": (rows, inner), "b": (inner, columns), "c": (rows, columns)}
     for name, shape in shapes.items():
-        value = ort.OrtValue.ortvalue_from_numpy(np.full(shape, 0.5, dtype), kind, 0)
+        value = ort.OrtValue.ortvalue_from_numpy(np.full(shape, 0.5, dtype), place.kind, place.number)
         bind = binding.bind_ortvalue_output if name == "c" else binding.bind_ortvalue_input
         bind(name, value)
     seconds = []

@@ -10,6 +10,7 @@ from support.tiny_language import embeddings
 from uhd_export.runtime.engines.backends import open_engine
 from uhd_export.runtime.errors import UhdError
 from uhd_export.runtime.language.decoder import Decoder
+from uhd_export.runtime.profiling import rates
 
 # What may run on the CPU beside the GPU: arithmetic on shapes.
 SHAPE_ARITHMETIC = {"Add", "Concat", "Div", "Min", "Mul", "Squeeze", "Sub"}
@@ -116,3 +117,13 @@ def test_what_fails_on_the_device_is_one_line(language):
         feeds["past_key_values.0.key"] = feeds["past_key_values.0.key"][:, :, :4]
         with pytest.raises(UhdError, match="ONNX Runtime cannot run it on cuda"):
             engine.infer(feeds)
+
+
+def test_the_rates_are_of_the_device_that_was_named(cuda, monkeypatch):
+    monkeypatch.setitem(rates._SQUARE, "cuda", 512)
+    monkeypatch.setitem(rates._VECTOR, "cuda", (512, 2048))
+    before = [cuda.allocated(device) for device in (0, 1)]
+    with cuda.logging() as lines:
+        assert rates.measure_rates("onnxruntime", "cuda:1", None) is not None
+    assert cuda.allocated(0) == before[0]
+    assert {line.rsplit(" ", 1)[1] for line in lines if line.startswith("allocate ")} == {"1"}
