@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uhd_export.runtime.bundle.manifest import part_files
-from uhd_export.runtime.engines.backends import open_engine
+from uhd_export.runtime.engines.backends import default_device, open_engine
 from uhd_export.runtime.files import write_file
 from uhd_export.runtime.pipeline import Pipeline
 from uhd_export.runtime.profiling.machine import machine, versions
@@ -58,7 +58,7 @@ def write_trace(pipeline: Pipeline, options: ProfileOptions, path: Path) -> None
     facts = {
         "bundle": str(pipeline.folder),
         "grid_mode": mode,
-        **machine(options.device or "cpu", options.threads),
+        **machine(options.device or default_device(manifest.backend), options.threads),
         **versions(),
     }
     write_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": facts}))

@@ -40,6 +40,12 @@ def trace_file(pipeline, tmp_path_factory):
     return path
 
 
+def test_where_no_device_is_named_it_is_the_backends(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("uhd_export.runtime.profiling.trace.default_device", lambda backend: "cuda")
+    write_trace(pipeline, ProfileOptions((200, 200), ("fix",), repeats=1, tokens=1), tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["otherData"]["device"] == "cuda"
+
+
 SPANS = """
 SELECT category AS cat, ts / 1000.0 AS ts, dur / 1000.0 AS dur, slice.name, thread.name AS row,
        process.name AS process
