@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,25 +90,28 @@ def triton_version() -> str:
 def compile_kernels(requests: Sequence[Request]) -> list[Kernel]:
     """Compile what the cache does not hold, a worker process per core; results in order.
 
-    Raises UhdError where Triton is missing or the compiler fails.
+    A cache that cannot be written is left out. Raises UhdError where Triton is missing or the compiler fails.
     """
     folder = cache_folder() / "kernels"
     paths = [folder / f"{request.key()}.json" for request in requests]
     missing = {path: request for path, request in zip(paths, requests, strict=True) if not path.is_file()}
+    compiled: dict[Path, Kernel] = {}
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, len(missing))
         items = list(missing.items())
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(_work, (items[i::workers] for i in range(workers))))
-    return [Kernel(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+            for part in pool.map(_work, [items[i::workers] for i in range(workers)]):
+                compiled |= part
+    return [compiled.get(path) or Kernel(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def _work(items: Sequence[tuple[Path, Request]]) -> None:
+def _work(items: Sequence[tuple[Path, Request]]) -> dict[Path, Kernel]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_DISABLE_LINE_INFO"] = "1"
     command = [sys.executable, "-P", "-m", "uhd_export.plugins.compile.worker"]  # -P: not from this folder
-    pipe = subprocess.PIPE
+    pipe, compiled = subprocess.PIPE, {}
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment) as worker,
@@ -125,5 +129,9 @@ def _work(items: Sequence[tuple[Path, Request]]) -> None:
                 log.seek(0)
                 last = (log.read().strip().splitlines() or ["no message"])[-1]
                 raise UhdError(f"kernel {request.kernel} for sm_{request.capability}: not compiled: {last}")
-            write_file(path, json.dumps(json.loads(line) | {"capability": request.capability}))
+            content = json.loads(line) | {"capability": request.capability}
+            compiled[path] = Kernel(**content)
+            with suppress(OSError):
+                write_file(path, json.dumps(content))
         worker.stdin.close()
+    return compiled

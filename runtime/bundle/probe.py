@@ -8,6 +8,7 @@ here, not in answers. What passed is remembered, so the next start takes no time
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def check_device(folder: Path, manifest: Manifest, generator: TextGenerator, dev
             f"device {device}: its logits differ from the bundle's by {error:.1e}, over {limit:.0e}; its "
             "answers would be wrong: update the driver and the backend, or use --device cpu"
         )
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    write_file(passed, json.dumps({"device": device, "relative_error": error, "limit": limit}).encode())
+    with suppress(OSError):  # a cache that cannot be written: it is asked again the next time
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        write_file(passed, json.dumps({"device": device, "relative_error": error, "limit": limit}))
 
 
 def _sequence(manifest: Manifest, generator: TextGenerator) -> PromptSequence | None:

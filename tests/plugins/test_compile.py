@@ -44,6 +44,13 @@ def test_every_kernel_compiles_for_every_target_at_real_size():
             assert 2 * row["shared"] <= SHARED[row["sm"]]
 
 
+def test_kernels_compile_without_a_cache_that_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UHD_EXPORT_CACHE", str(tmp_path / "file"))
+    (kernel,) = aot.compile_kernels([small_request()])
+    assert kernel.name == "range_features" and kernel.capability == 89 and ".entry" in kernel.ptx
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_other_types_fit_small_gpus(dtype):

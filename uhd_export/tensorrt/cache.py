@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def cached_engine(
     entry = folder / f"{key}.engine"
     if _is_whole(entry, key):
         _copy(entry, out)
-        os.utime(record_path(entry))
+        with suppress(OSError):  # a read-only disk, or another user's
+            os.utime(record_path(entry))
         return read_record(out)
     record = build_engine(
         graph, out, profiles, options, key=key, output_types=output_types, progress=progress
@@ -82,7 +84,8 @@ def cached_engine(
         _copy(out, entry)
         prune(folder, keep=entry)
     except OSError:  # a full or read-only disk; the engine itself is written
-        entry.unlink(missing_ok=True)
+        with suppress(OSError):
+            entry.unlink(missing_ok=True)
     return record
 
 

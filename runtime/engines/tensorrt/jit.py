@@ -19,9 +19,8 @@ class JitCache:
         if not hasattr(trt, "IRuntimeCache"):  # TensorRT compiles at build time
             return
         self.handle = engine.create_runtime_config().create_runtime_cache()
-        if self._path.is_file():
-            with messages(trt):
-                self.handle.deserialize(self._path.read_bytes())
+        with suppress(OSError), messages(trt):  # none is kept, or it cannot be read
+            self.handle.deserialize(self._path.read_bytes())
 
     def save(self) -> None:
         """Write what was compiled; a cache that cannot be written is left out."""

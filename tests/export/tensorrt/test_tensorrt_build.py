@@ -1,5 +1,6 @@
 """Engines are built without a GPU: profiles, parsing, targets, errors, cache."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -350,6 +351,21 @@ def test_the_cache_keeps_what_was_built(tmp_path):
     record_path(kept).write_text("{")
     assert get() == first and steps
     assert get() == first and not steps
+
+
+def test_a_cache_that_cannot_be_written_stops_no_build(tmp_path, monkeypatch):
+    graph, file = small_graph(tmp_path), tmp_path / "file"
+    file.touch()
+    record = cached_engine(graph, tmp_path / "out.engine", SMALL, ADA, folder=file / "engines")
+    assert read_record(tmp_path / "out.engine") == record
+    cached_engine(graph, tmp_path / "out.engine", SMALL, ADA, folder=tmp_path / "cache")
+
+    def refuse(path):
+        raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    again = cached_engine(graph, tmp_path / "again.engine", SMALL, ADA, folder=tmp_path / "cache")
+    assert read_record(tmp_path / "again.engine") == again
 
 
 def test_the_least_recently_used_engines_go_first(tmp_path):

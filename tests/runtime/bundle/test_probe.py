@@ -32,6 +32,12 @@ def test_a_device_that_agrees_passes_once(opened, monkeypatch):
     probe.check_device(folder, manifest, pipeline.generator, "cuda (one)")
 
 
+def test_what_passed_need_not_be_remembered(opened, monkeypatch):
+    pipeline, manifest, folder = opened
+    monkeypatch.setenv("UHD_EXPORT_CACHE", str(folder / probe.PROBE))  # no folder
+    probe.check_device(folder, manifest, pipeline.generator, "cuda (three)")
+
+
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("change", [lambda logits: 1.2 * logits, lambda logits: logits * np.nan])
 def test_a_device_that_differs_is_refused_and_asked_again(opened, monkeypatch, row, change):

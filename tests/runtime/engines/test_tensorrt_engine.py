@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -433,6 +434,18 @@ def test_compiled_kernels_are_kept(machine, language, tmp_path):
     engine, _, module = machine(*language)
     Decoder(engine, CONTEXT).step(embeddings(1))
     assert module.engines[0].contexts[0].config.cache.content == b"nothing yet and more"
+
+
+def test_compiled_kernels_that_cannot_be_read_are_compiled_again(machine, language, monkeypatch):
+    machine(*language)[0].close()
+
+    def refuse(path):
+        raise PermissionError("of another user")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    engine, _, module = machine(*language)
+    Decoder(engine, CONTEXT).step(embeddings(1))
+    assert module.engines[0].contexts[0].config.cache.content == b"nothing yet"
 
 
 def test_memory_is_the_engines_own_figure(machine, language):
