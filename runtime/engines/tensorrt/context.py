@@ -1,5 +1,6 @@
 """One execution context of an engine: chooses the profile, places buffers, queues runs."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -101,6 +102,10 @@ class Context:
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at exit, when CUDA may be gone before us
+            self._drop_graphs()
 
     def _place(self, name: str, feed: Array) -> DeviceArray:
         """`feed` on the device: as it is, or copied to this context's buffer for it.

@@ -2,6 +2,7 @@
 
 import functools
 import mmap
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,8 @@ class TensorrtEngine(Engine):
         self._jit = JitCache(self.trt, self._engine, self.record, self.cuda)
         self._trace = Path(profile) if profile is not None else None
         self.times = LayerTimes()
-        self._contexts: list[Context] = []
+        # Whoever decodes with one holds it: a cache that is gone leaves none of its memory here.
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self._single: Context | None = None
 
     @property
@@ -132,7 +134,7 @@ class TensorrtEngine(Engine):
         )
         if self._trace is not None:
             self.times.attach(self.trt, context.context)
-        self._contexts.append(context)
+        self._contexts.add(context)
         return context
 
     def end_profile(self) -> Path:

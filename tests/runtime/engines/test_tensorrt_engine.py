@@ -392,6 +392,20 @@ def test_after_a_prompt_too_large_for_memory_decoding_has_its_own_again(machine,
     assert difference(decoder.step(embeds[0, 11]), expected[11]) < 5e-6
 
 
+def test_the_next_decoder_takes_the_memory_of_one_that_is_gone(machine, language):
+    engine, cuda, _ = machine(*language)
+    for _ in range(3):
+        decoder = Decoder(engine, CONTEXT)
+        decoder.prefill(embeddings(10))
+        decoder.step(embeddings(1))
+        blocks, held = len(cuda.blocks), engine.device_bytes
+        del decoder
+        engine.fetch(engine.keep(np.zeros(1)))  # waits
+        assert engine.device_bytes < held
+    Decoder(engine, CONTEXT)
+    assert len(cuda.blocks) <= blocks + 1
+
+
 def test_layer_times_are_a_trace(machine, language, tmp_path):
     engine, cuda, _ = machine(*language, rtx=False, profile=tmp_path / "trace")
     decoder = Decoder(engine, CONTEXT)
