@@ -140,7 +140,7 @@ class Pipeline:
         if place.kind != "cpu":
             try:
                 check_device(folder, manifest, pipeline.generator, language.where)
-            except UhdError:
+            except BaseException:
                 pipeline.close()
                 raise
         return pipeline

@@ -11,6 +11,7 @@ from PIL import Image
 
 from uhd_export.runtime.bundle.manifest import EMBEDDINGS, TOKENIZER, Manifest, read_manifest
 from uhd_export.runtime.bundle.opening import open_engines
+from uhd_export.runtime.bundle.probe import check_device
 from uhd_export.runtime.engines.backends import default_device
 from uhd_export.runtime.engines.base import Engine
 from uhd_export.runtime.engines.device import parse_device
@@ -20,7 +21,7 @@ from uhd_export.runtime.language.embeddings import EmbeddingTable
 from uhd_export.runtime.language.prompt import load_tokenizer
 from uhd_export.runtime.language.sequence import PromptSequence
 from uhd_export.runtime.memory import available_memory
-from uhd_export.runtime.pipeline import KEEP, configured
+from uhd_export.runtime.pipeline import KEEP, Pipeline, configured
 from uhd_export.runtime.planning.bundle import bundle_weights, fitting_bounds
 from uhd_export.runtime.planning.memory import Bounds
 from uhd_export.runtime.serving.cache.rows import Rows
@@ -34,6 +35,9 @@ from uhd_export.runtime.serving.sampling.grammar import Grammar, Grammars
 from uhd_export.runtime.serving.scheduling.request import AnswerStream, Request
 from uhd_export.runtime.serving.scheduling.scheduler import Limits, Scheduler
 from uhd_export.runtime.settings import Settings
+
+# Positions that a device's check has room for: a question about one crop, see `probe`.
+_CHECKED = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Service:
         bounds = fitting_bounds(manifest, str(place), settings, options.context)
         vision, language, files = open_engines(folder, manifest, device=device, threads=threads)
         try:
+            if place.kind != "cpu":
+                _check_numbers(folder, manifest, vision, language)
             return cls(folder, manifest, settings, (vision, language), options, files.check, bounds)
         except BaseException:
             vision.close()
@@ -235,6 +241,13 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_numbers(folder: Path, manifest: Manifest, vision: Engine, language: Engine) -> None:
+    """Ask a device that is new to the bundle for its logits; the cache that this takes is gone afterwards."""
+    context = min(manifest.settings.context, _CHECKED)
+    pipeline = Pipeline(folder, manifest, vision, language, context=context)
+    check_device(folder, manifest, pipeline.generator, language.where)
 
 
 def _beside_weights(manifest: Manifest) -> int | None:

@@ -1,5 +1,6 @@
 """The short numeric check of a device: what passes, what is refused, and that it is remembered."""
 
+import importlib
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from uhd_export.runtime import Pipeline
 from uhd_export.runtime.bundle import probe
 from uhd_export.runtime.bundle.manifest import FileRecord
+from uhd_export.runtime.bundle.opening import open_engines
 from uhd_export.runtime.errors import UhdError
 
 
@@ -57,6 +59,31 @@ def test_a_device_that_differs_is_refused_and_asked_again(opened, monkeypatch, r
             probe.check_device(folder, manifest, pipeline.generator, "cuda (two)")
     monkeypatch.setattr(probe, "_logits", right)
     probe.check_device(folder, manifest, pipeline.generator, "cuda (two)")
+
+
+@pytest.mark.parametrize("room", ["pipeline", "serving.service"])
+@pytest.mark.parametrize("failure", [UhdError("it differs"), RuntimeError("out of memory")])
+def test_a_device_is_checked_whoever_opens_the_bundle_and_else_holds_nothing(
+    golden_bundle, monkeypatch, room, failure
+):
+    """Here the processor stands for a GPU."""
+    module, engines, logits = importlib.import_module(f"uhd_export.runtime.{room}"), [], []
+
+    def opening(*arguments, device, threads):
+        engines.extend(opened := open_engines(*arguments))
+        return opened
+
+    def check(folder, manifest, generator, device):
+        logits.append(probe._logits(generator, probe._sequence(manifest, generator), None))
+        raise failure
+
+    monkeypatch.setattr(module, "open_engines", opening)
+    monkeypatch.setattr(module, "check_device", check, raising=False)
+    opens = module.Pipeline.open if room == "pipeline" else module.Service.open
+    with pytest.raises(type(failure), match=str(failure)):
+        opens(golden_bundle, device="cuda")
+    assert logits[0].shape == (2, 32000)
+    assert not any(hasattr(engine, "session") for engine in engines[:2])
 
 
 def test_without_logits_or_room_nothing_is_checked(golden_bundle, opened):
