@@ -55,7 +55,8 @@ _TEMPORARY = "no folder for temporary files can be written; set TMPDIR to one th
 # What libraries say that raise an exception of their own for a failed allocation, thread or write.
 _NO_MEMORY = re.compile(
     "can(no|')t allocate memory|failed to allocate memory|out of memory|bad allocation|bad_alloc"
-    "|failed to map segment|unable to allocate|mmap failed|os error 12",
+    "|failed to map segment|unable to allocate|mmap failed|os error 12"
+    "|STATUS_ALLOC_FAILED|smaller than requested bytes",
     re.IGNORECASE,
 )
 _NO_THREADS = re.compile(

@@ -30,7 +30,7 @@ from uhd_export.runtime.engines.device import Device, describe, parse_device
 from uhd_export.runtime.engines.fetch import Fetch
 from uhd_export.runtime.engines.interruptible import Caller
 from uhd_export.runtime.engines.large_pages import large_pages
-from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, prepare_cuda
+from uhd_export.runtime.engines.wheels import CUDA_PROVIDER, INSTALL_GPU, cuda_refusal, prepare_cuda
 from uhd_export.runtime.errors import UhdError, explain, is_out_of_memory
 from uhd_export.runtime.memory import return_memory
 
@@ -115,10 +115,10 @@ class OrtEngine(Engine):
                     graph or str(path), options, providers=providers, enable_fallback=False
                 )
         except Exception as error:  # the binding's exceptions have no common base but this
-            if "device_id" in str(error):
-                raise UhdError(f"device {device}: there is no such GPU; see nvidia-smi -L") from None
             if is_out_of_memory(error):
                 raise UhdError(f"engine {path}: {explain(error)}") from None
+            if (refusal := cuda_refusal(str(error))) is not None:
+                raise UhdError(f"device {device}: {refusal}") from None
             raise UhdError(
                 f"engine {path}: ONNX Runtime cannot load it ({_reason(error)}); build it again"
             ) from None

@@ -5,6 +5,7 @@ each other's files, and what is imported then is neither; pip does not notice.
 """
 
 import functools
+import re
 from contextlib import redirect_stdout
 from importlib.metadata import Distribution, distributions
 from io import StringIO
@@ -16,6 +17,7 @@ from uhd_export.runtime.errors import UhdError
 CPU, GPU = "onnxruntime", "onnxruntime-gpu"
 INSTALL_CPU, INSTALL_GPU = "pip install 'uhd-export[cpu]'", "pip install 'uhd-export[cuda]'"
 CUDA_PROVIDER = "CUDAExecutionProvider"
+_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^; ]")
 
 
 def both_wheels() -> str | None:
@@ -46,6 +48,16 @@ def prepare_cuda(ort: ModuleType) -> str:
             f"device cuda: this ONNX Runtime runs on the CPU only; pip uninstall -y {CPU}, then {INSTALL_GPU}"
         )
     return _preload(ort)
+
+
+def cuda_refusal(said: str) -> str | None:
+    """Why a device cannot be used, with the remedy, where it is that which ONNX Runtime `said`, else None.
+
+    A driver that is too old shows first where the devices are counted, in the option for their number.
+    """
+    if (failure := _FAILURE.search(said)) is not None:
+        return f"CUDA cannot use it ({failure[0]}); see nvidia-smi, and update the driver"
+    return "there is no such GPU; see nvidia-smi -L" if "device_id" in said else None
 
 
 @functools.cache

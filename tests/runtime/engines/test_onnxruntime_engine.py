@@ -1,6 +1,7 @@
 """Engines: opening, running, binding buffers, traces, and one-line errors."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -165,6 +166,38 @@ def test_errors_are_one_line_with_the_remedy(accumulator, tmp_path, monkeypatch)
         UhdError, match=r"^engine .*accumulator.onnx: ONNX Runtime cannot load it .*build it again$"
     ):
         open_engine(accumulator)
+
+
+PARSED = 'Parse Failed to parse provider option "device_id": '
+
+
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        (
+            PARSED + "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=0",
+            "device cuda: CUDA cannot use it (CUDA failure 35: CUDA driver version is insufficient for CUDA "
+            "runtime version); see nvidia-smi, and update the driver",
+        ),
+        (
+            "run CUDA failure 46: CUDA-capable device(s) is/are busy or unavailable ; GPU=0 ; x",
+            "device cuda: CUDA cannot use it (CUDA failure 46: CUDA-capable device(s) is/are busy or "
+            "unavailable); see nvidia-smi, and update the driver",
+        ),
+        (PARSED + "Invalid device ID: 7, must", "device cuda: there is no such GPU; see nvidia-smi -L"),
+        (PARSED + "CUDA failure 2: out of memory ; GPU=0 ; x", "not enough memory; close other programs"),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", "not enough memory; close other programs"),
+        ("Available memory of 9 is smaller than requested bytes of 10", "not enough memory; close other"),
+    ],
+)
+def test_what_cuda_lacks_is_told_as_it_is(accumulator, monkeypatch, said, line):
+    def refuse(*arguments, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("uhd_export.runtime.engines.onnxruntime.prepare_cuda", lambda ort: "")
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(UhdError, match=re.escape(line)):
+        open_engine(accumulator, device="cuda")
 
 
 def test_what_fails_in_a_run_is_one_line_too(accumulator):
