@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from uhd_export.runtime.engines.tensorrt.cuda import Cuda
 from uhd_export.runtime.engines.tensorrt.memory import size_class
+from uhd_export.runtime.errors import UhdError
 
 # Most that is pinned: four batches of ten crops in float16. Beyond, arrays are ordinary ones.
 MOST_PINNED = 32 << 20
@@ -28,7 +29,7 @@ class _Pool:
         self.spare: dict[int, list[tuple[int, int]]] = {}
 
     def take(self, nbytes: int) -> int | None:
-        """Address of a block of `nbytes` out of which nothing is copied now; None where that is too much."""
+        """Address of a block of `nbytes` out of which nothing is copied now; None where there is none."""
         spare = self.spare.get(nbytes, [])
         for index, (address, waits) in enumerate(spare):
             if waits < self.cuda.waits:
@@ -36,7 +37,10 @@ class _Pool:
                 return address
         if self.pinned + nbytes > MOST_PINNED:
             return None
-        address = self.cuda.allocate_host(nbytes)
+        try:
+            address = self.cuda.allocate_host(nbytes)
+        except UhdError:  # the machine lets no more be pinned
+            return None
         self.pinned += nbytes
         return address
 

@@ -276,6 +276,16 @@ def test_pixels_lie_where_the_gpu_copies_from_and_are_not_overwritten_before_it_
     assert not cuda.is_pinned(held[-1]) and cuda.is_pinned(held[0]) and sizes
 
 
+def test_where_no_more_memory_can_be_pinned_pixels_lie_in_ordinary_one(monkeypatch):
+    def refuse(nbytes):
+        raise UhdError("GPU: cudaHostAlloc failed")
+
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda, "allocate_host", refuse)
+    array = tensorrt_staging.staging(cuda, (2, 3), np.dtype(np.float16))
+    assert array.shape == (2, 3) and not cuda.is_pinned(array)
+
+
 def test_geometry_is_copied_once_a_shape(machine, vision, golden_model):
     engine, cuda, _ = machine(*vision)
     encoder, crops = (
