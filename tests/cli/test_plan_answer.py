@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +11,7 @@ from uhd_export.cli.opening import PipelineOptions
 from uhd_export.runtime.bundle.manifest import part_files, read_manifest, write_manifest
 from uhd_export.runtime.choices import updates_on_gpu
 from uhd_export.runtime.image.slicing import plan_slices
-from uhd_export.runtime.planning.bundle import bundle_workload, fitting_bounds, largest, room, shortage
+from uhd_export.runtime.planning.bundle import bundle_workload, fitting_bounds, largest, shortage
 from uhd_export.runtime.profiling.rates import Rates
 
 
@@ -241,12 +240,6 @@ def test_the_largest_image_takes_all_slices(golden_bundle, most):
     settings = dataclasses.replace(manifest.settings, max_slices=most)
     work = bundle_workload(manifest, largest(settings), "cpu", settings=settings)
     assert len(work.slices.crop_sizes) == (most + 1 if most > 1 else 1)
-
-
-def test_each_gpu_has_its_own_memory(monkeypatch):
-    told = SimpleNamespace(stdout="1000\n2000\n")
-    monkeypatch.setattr("uhd_export.runtime.memory.subprocess.run", lambda *_, **__: told)
-    assert [room("cuda"), room("cuda:1"), room("cuda:2")] == [1000 << 20, 2000 << 20, None]
 
 
 def test_bounds_tighten_as_memory_gets_short(golden_bundle):

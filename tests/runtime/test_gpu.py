@@ -7,6 +7,7 @@ import pytest
 from uhd_export.runtime import gpu
 from uhd_export.runtime.gpu import ask_gpu, tool_id
 from uhd_export.runtime.memory import free_device_memory
+from uhd_export.runtime.planning.bundle import room
 from uhd_export.runtime.profiling.energy import EnergyMeter
 from uhd_export.runtime.profiling.machine import machine
 
@@ -51,6 +52,7 @@ def two_gpus(tmp_path, monkeypatch):
 
 def test_the_tool_is_asked_about_the_gpu_that_is_meant(two_gpus):
     assert [free_device_memory(number) for number in range(3)] == [2000 << 20, 1000 << 20, None]
+    assert [room("cuda"), room("cuda:1"), room("cuda:2")] == [2000 << 20, 1000 << 20, None]
     assert machine("cuda", None)["gpu"] == "fast, 57"
     assert machine("cuda:1", None)["gpu"] == "slow, 57"
     assert machine("cuda:2", None)["gpu"] == "unknown"
