@@ -37,7 +37,7 @@ class Side:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, steps: int) -> list[float]:
-        """Seconds of so many steps; of the prompt, where none are asked."""
+        """Seconds of so many steps. The first answer comes after the prompt has run."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -65,16 +65,13 @@ def work(bundle: Path, checkout: Path | None) -> None:
     decoder = Decoder(open_engine(bundle / "language.onnx"), PROMPT + 64)
     # The way that leaves the choice of the token to the engine, where there is one.
     step = getattr(decoder, "greedy", None) or (lambda one: int(decoder.step(one[0]).argmax()))
+    decoder.prefill(embeds)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
             decoder.length = PROMPT
             start = time.perf_counter()
             step(embeds[-1:])
-            seconds.append(time.perf_counter() - start)
-        if not seconds:
-            start = time.perf_counter()
-            decoder.prefill(embeds)
             seconds.append(time.perf_counter() - start)
         print(json.dumps(seconds), flush=True)
 
@@ -100,7 +97,7 @@ def compare(first: Path, second: Path, checkout: Path | None, turns: int) -> lis
     found = []
     try:
         for side in sides:
-            side.ask(0)
+            side.ask(1)  # waits for the prompt
         for turn in range(turns):
             one = {"bytes_per_second": bandwidth(cores)}
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
